@@ -1,0 +1,54 @@
+"""FedAvg, FedProx and FedAvgM.
+
+McMahan et al., Communication-efficient learning of deep networks from decentralized data, 2017 (arXiv 1602.05629);
+Li et al., Federated optimization in heterogeneous networks, 2020 (arXiv 1812.06127);
+Hsu et al., Measuring the effects of non-identical data distribution, 2019 (arXiv 1909.06335).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..contract import Algorithm, LocalOptimizer, Round, Task, Vectors, Wire
+from ..federated.local import run_local
+from ..layout import Layout
+from ..optim import Sgd
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvg(Algorithm):
+    """Average of local SGD; `prox_mu` makes it FedProx, `server_momentum` FedAvgM.
+
+    Args:
+        local: the clients' optimizer, its state reset each round.
+        server_lr: the server's step on the averaged update.
+        prox_mu: FedProx's μ, adds μ(y − x) to every local gradient.
+        server_momentum: FedAvgM's γ, `v ← γv + Δ̄`.
+    """
+
+    local: LocalOptimizer = Sgd()
+    server_lr: Annotated[float, Field(gt=0)] = 1.0
+    prox_mu: Annotated[float, Field(ge=0)] = 0.0
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def up(self, layout: Layout) -> dict[str, Wire]:
+        return {"delta": Wire()}
+
+    def init(self, x: Tensor, layout: Layout) -> dict[str, Tensor]:
+        return {"x": x.clone(), "v": torch.zeros_like(x)} if self.server_momentum else {"x": x.clone()}
+
+    def client(self, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
+        prox = (lambda y, b: task.grad(y, b).add_(y - s.x, alpha=self.prox_mu)) if self.prox_mu else None
+        y, _ = run_local(task, s.x, self.local, grad=prox)
+        return {"delta": y - s.x}
+
+    def server(self, s: Vectors, agg: Vectors, r: Round) -> dict[str, Tensor]:
+        if not self.server_momentum:
+            return {"x": s.x + self.server_lr * agg.delta}
+        v = self.server_momentum * s.v + agg.delta
+        return {"x": s.x + self.server_lr * v, "v": v}

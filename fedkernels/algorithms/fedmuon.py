@@ -1,0 +1,69 @@
+"""FedMuon: Muon clients with a shared momentum and a global direction.
+
+FedMuon: Accelerating federated learning with matrix orthogonalization, 2025 (arXiv 2510.27403). Two other methods
+bear the name: a bias-corrected linear-minimisation oracle with client state (arXiv 2509.26337) and arXiv 2510.03866.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..contract import Algorithm, Round, Task, Vectors, Wire
+from ..federated.local import run_local
+from ..layout import Layout, Role
+from ..optim import Muon
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedMuon(Algorithm):
+    """Clients start from the mean momentum M̄ of the last cohort and mix α of the global direction G into each step.
+
+    `y ← y − η[(1−α)(O + λy) + αG]`; embeddings, norms, biases and the head take AdamW in the place of O.
+
+    Args:
+        alpha: weight of the global direction.
+        beta: momentum.
+        lr_multiplier: learning rate of the matrices relative to `lr`, which trains the other parameters by AdamW.
+        share_momentum: False restarts M at zero each round and sends none of it.
+        route: `hidden` gives Muon the hidden weight matrices, `all_matrices` every tensor of two or more dimensions.
+    """
+
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    lr_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    share_momentum: bool = True
+    route: Literal["hidden", "all_matrices"] = "hidden"
+
+    @property
+    def down(self) -> tuple[str, ...]:
+        return ("x", "G", "M_bar") if self.share_momentum else ("x", "G")
+
+    def layout(self, module: nn.Module, roles: Mapping[str, Role] | None = None) -> Layout:
+        return Layout.of(module, roles, route=self.route)
+
+    def up(self, layout: Layout) -> dict[str, Wire]:
+        delta = {"delta": Wire()}
+        return {**delta, "M": Wire("matrices")} if self.share_momentum else delta
+
+    def init(self, x: Tensor, layout: Layout) -> dict[str, Tensor]:
+        return {"x": x.clone(), "G": torch.zeros_like(x), "M_bar": torch.zeros_like(layout.matrices(x))}
+
+    def client(self, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
+        muon = Muon(momentum=self.beta, weight_decay=self.weight_decay, lr_multiplier=self.lr_multiplier)
+        state = {"M": s.M_bar} if self.share_momentum else {}
+        y, end = run_local(
+            task, s.x, muon, state=state, direction=lambda p: p.mul_(1 - self.alpha).add_(s.G, alpha=self.alpha)
+        )
+        delta = {"delta": y - s.x}
+        return {**delta, "M": end["M"]} if self.share_momentum else delta
+
+    def server(self, s: Vectors, agg: Vectors, r: Round) -> dict[str, Tensor]:
+        new = {"x": s.x + agg.delta, "G": agg.delta / -(r.steps * r.lr)}
+        return {**new, "M_bar": agg.M} if self.share_momentum else new

@@ -1,0 +1,189 @@
+"""Checkpoints: atomic, checksummed, written by all ranks, readable by any number of ranks.
+
+A checkpoint is a folder `round-000010` with `server.safetensors`, client state by rank and page, and `manifest.json`,
+which names every file with its SHA-256. It is written under another name, flushed, and renamed when complete: what
+bears the final name is whole, and a failure leaves the previous checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from .federated.engine import Engine
+from .federated.evaluators import Choice
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read, or continued from."""
+
+
+def save(root: Path, engine: Engine, fingerprint: dict[str, Any], totals: dict[str, float], keep: int) -> Path:
+    """Write the state after `engine.round` rounds; every rank calls it, all return or all raise.
+
+    Args:
+        root: the run's `checkpoints` folder, shared by all ranks.
+        fingerprint: what a resumed run's configuration must equal.
+        totals: running sums of the caller, such as elapsed time.
+        keep: newest checkpoints that stay; older ones are removed after the new one is complete.
+
+    Raises:
+        CheckpointError: a rank could not write; nothing of this checkpoint stays.
+    """
+    final = root / f"round-{engine.round:06d}"
+    partial = root / f".partial-{final.name}"
+    collectives = engine.collectives
+
+    def attempt(step: Any) -> list[Any]:
+        try:
+            outcome = step()
+        except OSError as error:
+            outcome = CheckpointError(f"rank {collectives.rank} cannot write checkpoint {final}: {error}")
+        outcomes = collectives.gather(outcome)
+        if failures := [outcome for outcome in outcomes if isinstance(outcome, CheckpointError)]:
+            if collectives.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError("; ".join(map(str, failures)) + "; earlier checkpoints are untouched")
+        return outcomes
+
+    def prepare() -> None:
+        if collectives.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def write() -> dict[str, str]:
+        hashes = {}
+        for name, tensors in _files(engine):
+            hashes[name] = _write(partial / name, save_tensors(tensors))
+        return hashes
+
+    def publish() -> None:
+        if collectives.rank != 0:
+            return
+        assert engine.choice is not None
+        manifest = {
+            "round": engine.round,
+            "world_size": collectives.world_size,
+            "fingerprint": fingerprint,
+            "totals": totals,
+            "choice": asdict(engine.choice),
+            "sha256": {name: digest for hashes in written for name, digest in hashes.items()},
+        }
+        _write(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+        if final.exists():  # a stop right after a periodic checkpoint of the same round
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _flush(root)
+        for old in _complete(root)[:-keep]:
+            shutil.rmtree(old)
+
+    attempt(prepare)
+    written = attempt(write)
+    attempt(publish)
+    return final
+
+
+def restore(root: Path, engine: Engine, fingerprint: dict[str, Any]) -> tuple[dict[str, float], list[str]] | None:
+    """Load the newest whole checkpoint into the engine; every rank calls it.
+
+    Returns:
+        The caller's totals and a line for every damaged checkpoint that was passed over; None where there is no
+        checkpoint at all.
+
+    Raises:
+        CheckpointError: every checkpoint is damaged, or the configuration differs from the one that wrote it.
+    """
+    found = _find(root) if engine.collectives.rank == 0 else None
+    manifest, path, notes = engine.collectives.gather(found)[0]
+    if path is None and not notes:
+        return None
+    if path is None:
+        raise CheckpointError("; ".join(notes) + "; no whole checkpoint is left")
+    if differing := _differences(manifest["fingerprint"], fingerprint):
+        raise CheckpointError(
+            f"{path} belongs to another configuration: {'; '.join(differing)}; use the same one, or a new run_dir"
+        )
+    device = engine.server.x.device
+    for name, value in load_tensors((path / "server.safetensors").read_bytes()).items():
+        engine.server[name] = value.to(device)
+    collectives = engine.collectives
+    for name in sorted(manifest["sha256"]):
+        if name.startswith("clients-"):
+            # Rank w of the writer goes to rank w here; with fewer ranks they wrap around.
+            owner = int(name.split("-")[1]) % collectives.world_size
+            page = load_tensors((path / name).read_bytes())
+            clients = page["ids"].tolist()
+            engine.owners.update(dict.fromkeys(clients, owner))
+            if owner == collectives.rank:
+                for client, row in zip(clients, page["rows"], strict=True):
+                    engine.store.put_row(client, row)
+    engine.round = manifest["round"]
+    engine.settle(Choice(**manifest["choice"]))
+    return manifest["totals"], notes
+
+
+def _files(engine: Engine) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """What this rank writes: name and tensors, one file in memory at a time."""
+    if engine.collectives.rank == 0:
+        yield "server.safetensors", {name: value.contiguous().cpu() for name, value in engine.server.items()}
+    for page, tensors in enumerate(engine.store.pages()):
+        yield f"clients-{engine.collectives.rank}-{page}.safetensors", tensors
+
+
+def _find(root: Path) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
+    notes = []
+    for path in reversed(_complete(root)):
+        try:
+            manifest = json.loads((path / MANIFEST).read_bytes())
+            for name, digest in manifest["sha256"].items():
+                if hashlib.sha256((path / name).read_bytes()).hexdigest() != digest:
+                    raise ValueError(f"{name} does not match its checksum")
+        except (OSError, ValueError, KeyError) as error:
+            notes.append(f"checkpoint {path} is damaged ({error})")
+            continue
+        return manifest, path, notes
+    return None, None, notes
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += _differences(a, b, f"{where}{key}.")
+        elif a != b:
+            lines.append(f"{where}{key} was {a!r}, now {b!r}")
+    return lines
+
+
+def _complete(root: Path) -> list[Path]:
+    """Published checkpoints, oldest first."""
+    return sorted(root.glob("round-[0-9]*"))
+
+
+def _write(path: Path, content: bytes) -> str:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+def _flush(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,146 @@
+"""The command line: `fedkernels train | list | partition | report`, also as `python -m fedkernels`."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .checkpoint import CheckpointError
+from .config import CHOICES, Config, ConfigError, describe, load, parse_overrides
+from .federated.engine import NonFiniteUpdateError
+
+TABLES = dict(zip(("algorithms", "optimizers", "models", "datasets", "partitions"), CHOICES.values(), strict=True))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0 done, 2 bad input, 1 failed, 128 + n stopped by signal n."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        if rest and not options.overridable:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        status: int = options.run(options, rest)
+        return status
+    except (ConfigError, FileNotFoundError, ValueError) as error:
+        return _fail(error, 2)
+    except (CheckpointError, NonFiniteUpdateError, OSError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(error: Exception, status: int) -> int:
+    # All ranks fail alike on bad input; one of them speaks.
+    if os.environ.get("RANK", "0") == "0" or not isinstance(error, (ConfigError, FileNotFoundError)):
+        print(f"fedkernels: error: {error}", file=sys.stderr, flush=True)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fedkernels", description="Federated training on torch.distributed.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="run a configuration",
+        description="Run a configuration; under torchrun every rank trains its share of each cohort.",
+        epilog=_keys_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    train.add_argument("--config", type=Path, help="YAML file; with --resume it defaults to the run's own")
+    train.add_argument("--resume", action="store_true", help="continue the run in run_dir from its newest checkpoint")
+    train.set_defaults(run=_train, overridable=True)
+
+    names = commands.add_parser("list", help="algorithms, local optimizers, models, datasets and partitions")
+    names.add_argument("what", nargs="?", metavar="NAME", help="a table, or one name to see its keys")
+    names.add_argument("--names", choices=list(TABLES), help="print bare names of one table, a line each")
+    names.set_defaults(run=_list, overridable=False)
+
+    partition = commands.add_parser("partition", help="draw how a configuration splits its data over clients")
+    partition.add_argument("--config", type=Path, required=True)
+    partition.add_argument("--out", type=Path, default=Path("partition.png"), help="picture to write (png, svg or pdf)")
+    partition.set_defaults(run=_partition, overridable=True)
+
+    report = commands.add_parser("report", help="compare runs in a table and a self-contained page")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    report.add_argument("--out", type=Path, help="page to write; default report.html in the first run's parent folder")
+    report.set_defaults(run=_report, overridable=False)
+    return parser
+
+
+def _keys_help() -> str:
+    lines = ["keys, as --key VALUE or --key.sub VALUE, where sub is a key of the named choice:"]
+    for key, kind, default in describe(Config):
+        lines.append(f"  --{key:<20} {kind}" + (" (required)" if default == "required" else f"; default {default}"))
+    return "\n".join(lines)
+
+
+def _train(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    overrides = parse_overrides(rest)
+    path = options.config
+    if path is None and options.resume and "run_dir" in overrides:
+        path = Path(str(overrides["run_dir"])) / "config.yaml"
+    if path is None and not overrides:
+        raise ConfigError("config: missing; give --config FILE, or --resume --run_dir RUN")
+    config = load(path, overrides)
+    from .train import train  # after the configuration is known to be good: the imports behind it cost seconds
+
+    outcome = train(config, resume=options.resume)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"report: {outcome.run_dir / 'report.html'}", flush=True)
+    return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
+
+
+def _list(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    if options.names:
+        print("\n".join(TABLES[options.names]))
+        return 0
+    everything = {name: cls for table in TABLES.values() for name, cls in table.items()}
+    if options.what in everything:
+        cls = everything[options.what]
+        print(inspect.cleandoc(cls.__doc__ or ""))
+        for key, kind, default in describe(cls):
+            print(f"  {key:<20} {kind}; default {default}")
+        return 0
+    if options.what is not None and options.what not in TABLES:
+        from .config import nearest
+
+        raise ConfigError(f"{options.what}: unknown name{nearest(options.what, [*everything, *TABLES])}")
+    for title, table in TABLES.items():
+        if options.what in (None, title):
+            print(f"{title}:")
+            for name, cls in table.items():
+                print(f"  {name:<14} {inspect.cleandoc(cls.__doc__ or '').splitlines()[0]}")
+    return 0
+
+
+def _partition(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from .data.plot import partition_figure, partition_summary
+
+    config = load(options.config, parse_overrides(rest))
+    data = config.data.load()
+    labels = data.labels.numpy()
+    groups = None if data.groups is None else data.groups.numpy()
+    partition = config.partition.split(labels, groups, config.clients, config.seed)
+    classes = int(labels.max()) + 1
+    for name, value in partition_summary(partition, labels, classes).items():
+        print(f"{name:<28} {value:g}")
+    partition_figure(partition, labels, classes, title=f"{options.config.stem}, {config.clients} clients").savefig(
+        options.out, dpi=150
+    )
+    print(f"picture: {options.out}")
+    return 0
+
+
+def _report(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from .report import comparison_table, write_report
+
+    print(comparison_table(options.runs))
+    out = options.out or options.runs[0].resolve().parent / "report.html"
+    print(f"report: {write_report(options.runs, out)}")
+    return 0

@@ -1,0 +1,298 @@
+"""Configuration: YAML and `--key.sub value` overrides to one typed, frozen tree of dataclasses.
+
+`algorithm`, `model`, `data`, `partition` and local optimizers are choices by name: a plain name, or a mapping with
+`name` and that choice's own keys. This is the only place where names become objects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+from torch import nn
+
+from .algorithms import ALGORITHMS
+from .contract import Algorithm, LocalOptimizer
+from .data import DATASETS, PARTITIONS
+from .data.datasets import Dataset
+from .data.partition import Partition
+from .federated.evaluators import EvaluatorName
+from .federated.objective import Precision
+from .federated.schedule import LrSchedule
+from .layout import Role
+from .models import MODELS
+from .optim import OPTIMIZERS
+
+
+class ModelChoice(Protocol):
+    def build(
+        self, kind: Literal["image", "language", "text"], input_shape: tuple[int, ...], classes: int
+    ) -> nn.Module: ...
+
+    def roles(self, module: nn.Module) -> dict[str, Role]: ...
+
+
+class DataChoice(Protocol):
+    def load(self) -> Dataset: ...
+
+
+class PartitionChoice(Protocol):
+    def split(self, labels: np.ndarray, groups: np.ndarray | None, clients: int, seed: int) -> Partition: ...
+
+
+CHOICES: dict[Any, Mapping[str, type]] = {
+    Algorithm: ALGORITHMS,
+    LocalOptimizer: OPTIMIZERS,
+    ModelChoice: MODELS,
+    DataChoice: DATASETS,
+    PartitionChoice: PARTITIONS,
+}
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """A key or value that the configuration does not accept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run, resolved.
+
+    Args:
+        algorithm: the federated algorithm and its own keys.
+        model: the model and its own keys.
+        data: the dataset and its own keys.
+        partition: how samples are split over clients.
+        run_dir: folder of the run.
+        seed: of everything random: initial model, partition, cohorts, batches.
+        rounds: communication rounds.
+        clients: the population.
+        cohort: clients per round (expected, under Poisson sampling).
+        local_steps: most local steps per round.
+        local_epochs: most passes over a client's samples per round; with local_steps the smaller counts.
+        batch_size: samples per local step.
+        lr: client learning rate.
+        schedule: of the learning rate over rounds.
+        sampling: of the cohort.
+        weighting: of clients in the mean.
+        clip_norm: l2 norm each mini-batch gradient is clipped to; .inf for none.
+        precision: bf16 computes under autocast, vectors stay float32.
+        evaluator: how gradients of several clients are computed.
+        clients_per_batch: clients a rank trains at once; null lets the evaluator decide.
+        placement: balance ranks by estimated work, or also by measured speed.
+        reduce_dtype: of sums over clients; float64 hides rank count and order, float32 halves link bytes.
+        on_nonfinite: what a client that sends NaN or infinity does to the run.
+        device: where clients train.
+        threads: torch threads per rank; parallelism comes from ranks.
+        eval_every: rounds between evaluations; the last round always is one.
+        checkpoint_every: rounds between checkpoints; the last round always is one.
+        keep_checkpoints: newest checkpoints that stay on disk.
+        store_memory_bytes: per-client state held in memory per rank before it is mapped from files.
+    """
+
+    algorithm: Algorithm
+    model: ModelChoice
+    data: DataChoice
+    partition: PartitionChoice
+    run_dir: Path
+    seed: Annotated[int, Field(ge=0)] = 0
+    rounds: Count
+    clients: Count
+    cohort: Count
+    local_steps: Count | None = None
+    local_epochs: Count | None = None
+    batch_size: Count
+    lr: Positive
+    schedule: LrSchedule = "cosine"
+    sampling: Literal["uniform", "poisson"] = "uniform"
+    weighting: Literal["uniform", "samples"] = "uniform"
+    clip_norm: Positive = 10.0
+    precision: Precision = "fp32"
+    evaluator: EvaluatorName = "auto"
+    clients_per_batch: Count | None = None
+    placement: Literal["estimated", "measured"] = "estimated"
+    reduce_dtype: Literal["float64", "float32"] = "float64"
+    on_nonfinite: Literal["error", "drop_client"] = "error"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count = 1
+    eval_every: Count = 1
+    checkpoint_every: Count = 10
+    keep_checkpoints: Count = 2
+    store_memory_bytes: Annotated[float, Field(ge=0)] = 2.0**30
+
+    def __post_init__(self) -> None:
+        if self.cohort > self.clients:
+            raise ConfigError(f"cohort: {self.cohort} is more than the number of clients, {self.clients}")
+        if self.local_steps is None and self.local_epochs is None:
+            raise ConfigError("local_steps: missing; set local_steps, local_epochs or both")
+
+
+def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
+    """A configuration file with overrides, checked and resolved.
+
+    Args:
+        path: a YAML file, or None for overrides alone.
+        overrides: dotted keys such as `algorithm.alpha` to values.
+
+    Raises:
+        ConfigError: unknown key or name (with the nearest one), wrong type or range, missing key.
+        FileNotFoundError: no such file.
+    """
+    tree: Any = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
+    for dotted, value in overrides.items():
+        _set(tree, dotted, value)
+    made: Config = _make(Config, tree, "")
+    return made
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`["--lr", "0.1", "--algorithm.alpha=0.5"]` to `{"lr": 0.1, "algorithm.alpha": 0.5}`; values are YAML."""
+    overrides: dict[str, Any] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--"):
+            raise ConfigError(f"{argument!r}: expected --key value or --key=value")
+        key, equals, text = argument[2:].partition("=")
+        if not equals:
+            following = next(rest, None)
+            if following is None:
+                raise ConfigError(f"--{key}: expected a value after it")
+            text = following
+        try:
+            overrides[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            overrides[key] = text
+    return overrides
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """The configuration as plain nested values, every default written out; `load` reads it back to an equal one."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    plain = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        table = CHOICES.get(hints[field.name])
+        if table is not None:
+            name = next(name for name, cls in table.items() if cls is type(value))
+            value = {"name": name, **resolved(value)}
+        elif isinstance(value, Path):
+            value = str(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        plain[field.name] = value
+    return plain
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`; did you mean X?` for the known word closest to a misspelt one, else the list of them."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(sorted(known))}"
+
+
+def describe(cls: type) -> list[tuple[str, str, str]]:
+    """`(key, type, default)` of every key of a configuration class."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    rows = []
+    for field in dataclasses.fields(cls):
+        default = "required" if field.default is dataclasses.MISSING else field.default
+        if hints[field.name] in CHOICES:
+            table = CHOICES[hints[field.name]]
+            shown = "a name of " + ", ".join(table)
+            if default != "required":
+                default = next(name for name, choice in table.items() if choice is type(default))
+        else:
+            shown = _type_text(hints[field.name])
+        rows.append((field.name, shown, str(default)))
+    return rows
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *path, leaf = dotted.split(".")
+    node = tree
+    for key in path:
+        below = node.get(key)
+        if isinstance(below, str):
+            below = {"name": below}
+        node[key] = below = {} if below is None else below
+        if not isinstance(below, dict):
+            raise ConfigError(f"{dotted}: {key} is {below!r}, which has no keys below it")
+        node = below
+    # A bare name replaces a choice whole: the keys of the old choice would not fit the new one.
+    node[leaf] = value
+
+
+def _make(cls: Any, tree: Mapping[Any, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in tree:
+        if key not in fields:
+            raise ConfigError(f"{where}{key}: unknown key{nearest(str(key), list(fields))}")
+    values = {}
+    for name, field in fields.items():
+        if name in tree:
+            values[name] = _value(hints[name], tree[name], f"{where}{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}{name}: missing; expected {_type_text(hints[name])}")
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if hint in CHOICES:
+        return _choice(CHOICES[hint], value, where)
+    if isinstance(value, bool) and "bool" not in _type_text(hint):
+        raise ConfigError(f"{where}: {value!r}, expected {_type_text(hint)}")
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        reasons = sorted({item["msg"] for item in error.errors()})
+        raise ConfigError(f"{where}: {value!r}, expected {_type_text(hint)} ({'; '.join(reasons)})") from None
+
+
+def _choice(table: Mapping[str, type], value: Any, where: str) -> Any:
+    options = {"name": value} if isinstance(value, str) else value
+    if not isinstance(options, dict) or not isinstance(options.get("name"), str):
+        raise ConfigError(f"{where}: {value!r}, expected a name or a mapping with 'name'; names: {', '.join(table)}")
+    name = options["name"]
+    if name not in table:
+        raise ConfigError(f"{where}: unknown name {name!r}{nearest(name, list(table))}")
+    return _make(table[name], {key: below for key, below in options.items() if key != "name"}, f"{where}.")
+
+
+def _type_text(hint: Any) -> str:
+    if hint in CHOICES:
+        return "a name of " + ", ".join(CHOICES[hint])
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        base, *rules = typing.get_args(hint)
+        text = _type_text(base)
+        signs = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
+        limits = []
+        for limit in (limit for rule in rules for limit in rule.metadata):
+            kind = type(limit).__name__
+            limits.append(f"{signs[kind]} {getattr(limit, kind.lower())}")
+        return f"{text} {' and '.join(limits)}".strip()
+    if origin is Literal:
+        return " | ".join(str(item) for item in typing.get_args(hint))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_text(item) for item in typing.get_args(hint))
+    if hint is type(None):
+        return "null"
+    return str(getattr(hint, "__name__", hint)) if origin is None else str(hint)

@@ -1,0 +1,191 @@
+"""The contract: a federated algorithm is declared wires plus three pure functions over flat vectors.
+
+`Algorithm.init` makes the server state, `client` trains `C` clients at once, `server` folds the aggregate back in.
+Everything else (sampling, placement, batching, collectives, byte counts, checkpoints, metrics) is the engine's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+from torch import Tensor, nn
+
+from .layout import Layout, Role
+
+
+@dataclass(frozen=True)
+class Wire:
+    """One tensor that crosses from client to server each round.
+
+    Args:
+        like: its shape per client: `params` is `[d]`, `matrices` is `[d_matrix]`, `scalar` is `[1]`, an int is `[n]`.
+        reduce: `mean` over the cohort (weighted when the run weights clients) or `sum`.
+        only_block: the client sends its own block and the shared block only; the mean of a block is over the clients
+            that were assigned that block, and the collective moves only those slices. Needs `like="params"`.
+    """
+
+    like: Literal["params", "matrices", "scalar"] | int = "params"
+    reduce: Literal["mean", "sum"] = "mean"
+    only_block: bool = False
+
+    def size(self, layout: Layout) -> int:
+        """Floats per client on this wire, were it sent whole."""
+        named = {"params": layout.d, "matrices": layout.d_matrix, "scalar": 1}
+        return self.like if isinstance(self.like, int) else named[self.like]
+
+
+class Vectors(dict[str, Tensor]):
+    """Named flat tensors, read and written as attributes: `s.x`, `k.c_i`, `agg.delta`.
+
+    A read-only set raises on writes, and asking for a name that is not there says what is.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, what: str = "state", read_only: bool = False) -> None:
+        super().__init__(tensors)
+        object.__setattr__(self, "_what", what)
+        object.__setattr__(self, "_read_only", read_only)
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{self._what} has no {name!r}; it has {', '.join(self) or 'nothing'}") from None
+
+    def __setattr__(self, name: str, value: Tensor) -> None:
+        if self._read_only:
+            raise AttributeError(f"{self._what} is read-only: {name!r} was assigned; return it on a wire instead")
+        self[name] = value
+
+
+@dataclass(frozen=True)
+class Round:
+    """What the server and the clients know about the current round.
+
+    Args:
+        index: the round, from 0.
+        cohort: clients whose updates count, S; the real number, also under Poisson sampling or after a drop.
+        population: all clients, N.
+        steps: the nominal number of local steps, K.
+        lr: the client learning rate η_r, constant inside a round.
+    """
+
+    index: int
+    cohort: int
+    population: int
+    steps: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One local step's mini-batches for `C` clients.
+
+    Args:
+        inputs: `[C, b, ...]`.
+        targets: `[C, b]` or `[C, b, length]`, int64.
+        weights: `[C, b]`, 1 for a sample and 0 for padding; None where nothing is padded.
+        active: `[C]` bool on the host, False for clients that have no step left; None where all have.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    weights: Tensor | None
+    active: Tensor | None
+
+
+class Task(Protocol):
+    """The local work of `C` clients, as an algorithm sees it.
+
+    Attributes:
+        layout: names, blocks and matrices of the flat vectors.
+        round: the round this is.
+        lr: η_r.
+        steps: `[C, 1]` local steps K_i of each client, in the dtype of the parameters.
+    """
+
+    layout: Layout
+    round: Round
+    lr: float
+    steps: Tensor
+
+    def batches(self) -> Iterator[Batch]:
+        """The mini-batches of the local steps, in order."""
+        ...
+
+    def grad(self, y: Tensor, batch: Batch) -> Tensor:
+        """Clipped mini-batch gradients `[C, d]` of the clients' losses at `y [C, d]`.
+
+        The returned tensor is overwritten by the next call.
+        """
+        ...
+
+
+class LocalOptimizer(Protocol):
+    """A transform from gradients to update directions, with per-client state.
+
+    `shared` names the state that a preconditioner-aligning algorithm averages.
+    """
+
+    shared: ClassVar[tuple[str, ...]]
+
+    def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
+        """Fresh state for clients at `y [C, d]`; every tensor has the leading client axis."""
+        ...
+
+    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout) -> Tensor:
+        """The direction `P(g) [C, d]`, so that `y ← y − η P(g)`; `state` is updated in place, `g` may be reused.
+
+        Args:
+            g: gradients `[C, d]`.
+            y: parameters `[C, d]`, for decoupled weight decay.
+            k: the local step, from 1.
+        """
+        ...
+
+
+class Algorithm(ABC):
+    """Declared wires and three pure functions; `fedkernels.algorithms` has one a file.
+
+    Attributes:
+        down: the server vectors a client receives.
+        keep: vectors `[d]` that stay with each client between rounds, by name; they start at zero.
+    """
+
+    @property
+    def down(self) -> tuple[str, ...]:
+        return ("x",)
+
+    @property
+    def keep(self) -> tuple[str, ...]:
+        return ()
+
+    def layout(self, module: nn.Module, roles: Mapping[str, Role] | None = None) -> Layout:
+        """The flat layout this algorithm wants: how many blocks, what is shared, which parameters are matrices."""
+        return Layout.of(module, roles)
+
+    @abstractmethod
+    def up(self, layout: Layout) -> dict[str, Wire]:
+        """The wires a client sends."""
+
+    @abstractmethod
+    def init(self, x: Tensor, layout: Layout) -> dict[str, Tensor]:
+        """Server state before the first round, from the initial parameters `x [d]`; `x` must be one of its names."""
+
+    @abstractmethod
+    def client(self, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
+        """Train `C` clients.
+
+        Args:
+            s: the `down` vectors, `[d]` each, read-only.
+            k: the `keep` vectors, `[C, d]` each; assign to keep a new value.
+
+        Returns:
+            Exactly the `up` wires, `[C, size]` each.
+        """
+
+    @abstractmethod
+    def server(self, s: Vectors, agg: Vectors, r: Round) -> dict[str, Tensor]:
+        """The server entries that change, from the aggregated wires."""

@@ -1,0 +1,1 @@
+"""The engine and its rooms: schedule, local training, evaluators, collectives, client store."""

@@ -1,0 +1,138 @@
+"""What ranks exchange: one bucket and one collective a round, block slices among their holders, client state moves.
+
+Every method does nothing on one rank, and every byte it puts on a link is added to `link_bytes`, summed over ranks:
+a ring all-reduce of n bytes moves 2(W−1)n in all, a broadcast (W−1)n, a point-to-point message n.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Collectives:
+    """The process group as the engine uses it; a single process when `torch.distributed` is not initialised."""
+
+    def __init__(self) -> None:
+        self.on = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if self.on else 0
+        self.world_size = dist.get_world_size() if self.on else 1
+        self.link_bytes = 0
+
+    def all_reduce(self, bucket: Tensor) -> Tensor:
+        """Sum `bucket` over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(bucket)
+            self.link_bytes += 2 * (self.world_size - 1) * bucket.numel() * bucket.element_size()
+        return bucket
+
+    def reduce_blocks(self, sums: Tensor, blocks: Sequence[slice], holders: Sequence[Sequence[int]]) -> None:
+        """Sum each block of `sums [d]` over the ranks that hold it, then give the result to all ranks, in place.
+
+        A block's owner is one of its holders, chosen so that ownership is spread evenly. The other holders send it
+        their slice, it adds them in rank order, and broadcasts. A block nobody holds stays as it is.
+
+        Args:
+            blocks: the slice of each block.
+            holders: the ranks that have a partial sum of each block, ascending; the same on every rank.
+        """
+        if self.world_size == 1:
+            return
+        owned = [0] * self.world_size
+        owners: list[int | None] = []
+        for ranks in holders:
+            owner = min(ranks, key=lambda rank: (owned[rank], rank)) if ranks else None
+            owners.append(owner)
+            if owner is not None:
+                owned[owner] += 1
+        operations: list[dist.P2POp] = []
+        received: list[tuple[slice, Tensor]] = []
+        for b, (block, ranks, owner) in enumerate(zip(blocks, holders, owners, strict=True)):
+            for rank in ranks:
+                if rank == owner:
+                    continue
+                self.link_bytes += (block.stop - block.start) * sums.element_size()
+                if self.rank == rank and owner is not None:
+                    operations.append(dist.P2POp(dist.isend, sums[block], owner, tag=b))
+                elif self.rank == owner:
+                    part = torch.empty_like(sums[block])
+                    operations.append(dist.P2POp(dist.irecv, part, rank, tag=b))
+                    received.append((block, part))
+        self._wait(operations)
+        for block, part in received:
+            sums[block] += part
+        for block, owner in zip(blocks, owners, strict=True):
+            if owner is not None:
+                dist.broadcast(sums[block], src=owner)
+                self.link_bytes += (self.world_size - 1) * (block.stop - block.start) * sums.element_size()
+
+    def exchange(
+        self,
+        moves: Sequence[tuple[int, int]],
+        message_bytes: int,
+        outgoing: Sequence[Tensor],
+        incoming: Sequence[Tensor],
+    ) -> None:
+        """Send client states point to point.
+
+        Args:
+            moves: `(source, target)` of every message, the same list on every rank.
+            message_bytes: size of one message.
+            outgoing: this rank's messages in list order.
+            incoming: buffers for the messages to this rank, in list order.
+        """
+        sending, receiving, operations = iter(outgoing), iter(incoming), []
+        for source, target in moves:
+            if self.rank == source:
+                operations.append(dist.P2POp(dist.isend, next(sending), target))
+            elif self.rank == target:
+                operations.append(dist.P2POp(dist.irecv, next(receiving), source))
+        self._wait(operations)
+        self.link_bytes += len(moves) * message_bytes
+
+    @staticmethod
+    def _wait(operations: list[dist.P2POp]) -> None:
+        if operations:
+            for request in dist.batch_isend_irecv(operations):
+                request.wait()
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small picklable value of every rank, in rank order; for agreement and errors, never for payloads."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def join(device: torch.device, timeout_s: float = 600.0) -> Collectives:
+    """Join the process group that torchrun announces in the environment, or stay a single process."""
+    if "WORLD_SIZE" not in os.environ or not dist.is_available():
+        return Collectives()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return Collectives()
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` to this rank's device.
+
+    Raises:
+        ValueError: CUDA asked for where there is none, or more local ranks than GPUs.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but torch sees no GPU; use device: cpu or auto")
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ValueError(f"local rank {local_rank} has no GPU: {gpus} GPUs on this node; start at most that many ranks")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

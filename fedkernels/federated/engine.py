@@ -1,0 +1,361 @@
+"""The engine: sample, place, train, aggregate, and count what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..contract import Algorithm, Batch, Round, Vectors
+from ..data.partition import Partition
+from ..layout import Role
+from .aggregate import Aggregator, protocol_bytes
+from .batches import Batches, LocalWork
+from .collectives import Collectives
+from .evaluators import BoundModule, Choice, Evaluator, EvaluatorName, choose, make_evaluator
+from .objective import Objective
+from .schedule import LrSchedule, assign_blocks, learning_rate, place, sample_cohort
+from .store import ClientStore
+
+EVAL_BATCH = 256
+# The engine's own numbers in the bucket, before one slot of busy seconds per rank and one of work per rank.
+LOSS_SUM, LOSS_COUNT, CLIENTS, DROPPED, STOP = range(5)
+
+
+class NonFiniteUpdateError(FloatingPointError):
+    """A client sent NaN or infinity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How rounds are run.
+
+    Args:
+        rounds: R, also the length of the cosine schedule.
+        cohort: clients per round, S; under Poisson sampling the expected number.
+        clip_norm: l2 norm that every mini-batch gradient is clipped to; infinity for none.
+        weighting: `uniform` averages clients, `samples` weights them by their number of samples.
+        clients_per_batch: clients a rank trains at once; None lets the evaluator decide.
+        placement: `estimated` balances local steps over ranks, `measured` also each rank's measured speed.
+        reduce_dtype: of sums over clients; `float64` makes float32 results independent of ranks and their order.
+        store_memory_bytes: client state held in memory per rank before pages are mapped from files.
+    """
+
+    seed: int = 0
+    rounds: int
+    cohort: int
+    work: LocalWork
+    lr: float
+    schedule: LrSchedule = "cosine"
+    sampling: Literal["uniform", "poisson"] = "uniform"
+    weighting: Literal["uniform", "samples"] = "uniform"
+    clip_norm: float = 10.0
+    evaluator: EvaluatorName = "auto"
+    clients_per_batch: int | None = None
+    placement: Literal["estimated", "measured"] = "estimated"
+    reduce_dtype: Literal["float64", "float32"] = "float64"
+    on_nonfinite: Literal["error", "drop_client"] = "error"
+    store_memory_bytes: float = 2.0**30
+
+
+class LocalTask:
+    """`Task` for the clients of one batch, see `fedkernels.contract`."""
+
+    def __init__(self, engine: Engine, clients: Sequence[int], r: Round, evaluator: Evaluator, g: Tensor) -> None:
+        self.layout = engine.layout
+        self.round = r
+        self.lr = r.lr
+        self._batches = engine.batches.draw(clients, r.index)
+        self._evaluator = evaluator
+        self._g = g
+        self._clip_norm = engine.settings.clip_norm
+        steps = engine.batches.steps(clients)
+        self.steps = torch.as_tensor(steps, dtype=g.dtype, device=g.device)[:, None]
+        self.loss_sum = torch.zeros(len(clients), dtype=g.dtype, device=g.device)
+        self.loss_count = torch.zeros_like(self.loss_sum)
+
+    def batches(self) -> Iterator[Batch]:
+        return self._batches
+
+    def grad(self, y: Tensor, batch: Batch) -> Tensor:
+        losses = self._evaluator(y, batch, self._g)
+        if batch.active is None:
+            self.loss_count += 1
+        else:
+            active = batch.active.to(losses.device)
+            losses = torch.where(active, losses, 0)
+            self.loss_count += active
+        self.loss_sum += losses
+        if self._clip_norm != float("inf"):
+            norms = torch.linalg.vector_norm(self._g, dim=1, keepdim=True)
+            # On a CPU a look at the norms is cheaper than scaling by one; on a GPU it would stop the queue.
+            if self._g.is_cuda or bool((norms > self._clip_norm).any()):
+                self._g.mul_((self._clip_norm / norms).clamp_(max=1))
+        return self._g
+
+
+class Engine:
+    """Runs an algorithm on an objective: the same numbers on any number of ranks and with any batching of clients.
+
+    Args:
+        algorithm: the declared wires and functions.
+        objective: model, loss and data on this rank's device; the model holds the initial parameters, equal on all
+            ranks.
+        partition: training samples of each client.
+        roles: what each parameter is, from the model.
+        directory: for mapped client state, if it ever outgrows memory.
+
+    Raises:
+        ValueError: a cohort larger than the population or smaller than the number of ranks, or a client without data.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        objective: Objective,
+        partition: Partition,
+        settings: EngineSettings,
+        collectives: Collectives | None = None,
+        *,
+        roles: Mapping[str, Role] | None = None,
+        directory: Path = Path("client_state"),
+    ) -> None:
+        self.algorithm = algorithm
+        self.objective = objective
+        self.settings = settings
+        self.collectives = collectives or Collectives()
+        self.population = len(partition)
+        self._check(partition)
+        self.layout = algorithm.layout(objective.module, roles)
+        self.wires = algorithm.up(self.layout)
+        self.batches = Batches(partition, objective, settings.work, settings.seed)
+        self.sizes = partition.sizes
+        self.nominal_steps = int(self.batches.work.steps(self.sizes).max())
+        x = self.layout.flatten(dict(objective.module.named_parameters()))
+        self.server = Vectors(algorithm.init(x, self.layout), what="the server")
+        self.round = 0
+        self.stop_requested = False
+        self.owners: dict[int, int] = {}
+        self.store = ClientStore(
+            algorithm.keep,
+            self.layout.d,
+            x.dtype,
+            directory / f"rank{self.collectives.rank}",
+            settings.store_memory_bytes,
+        )
+        self._bound = BoundModule(objective, self.layout)
+        self._speeds = [1.0] * self.collectives.world_size
+        self._gradients = x.new_empty(0, self.layout.d)
+        self._sliced = any(wire.only_block for wire in self.wires.values())
+        self._aggregator = Aggregator(
+            self.wires, self.layout, x, getattr(torch, settings.reduce_dtype), 5 + 2 * self.collectives.world_size
+        )
+        self._evaluator: Evaluator | None = None
+        self.choice: Choice | None = None
+
+    def _check(self, partition: Partition) -> None:
+        cohort, ranks = self.settings.cohort, self.collectives.world_size
+        if not 1 <= cohort <= self.population:
+            raise ValueError(f"cohort is {cohort}, expected 1 to the number of clients, {self.population}")
+        if ranks > cohort:
+            raise ValueError(f"{ranks} ranks for a cohort of {cohort}: some would have no client; start fewer ranks")
+        sizes = partition.sizes
+        if (empty := np.flatnonzero(sizes == 0)).size:
+            raise ValueError(f"client {empty[0]} has no sample ({empty.size} of {self.population} clients are empty)")
+
+    def settle(self, choice: Choice | None = None) -> Choice:
+        """Decide how gradients are computed, by measuring where the settings say `auto`; the same on every rank.
+
+        Args:
+            choice: an earlier decision to take over, such as a resumed run's.
+        """
+
+        def make(choice: Choice) -> Evaluator:
+            return make_evaluator(choice, self.objective, self.layout, self._bound)
+
+        if choice is None:
+            most = -(-self.settings.cohort // self.collectives.world_size)
+            largest = np.argsort(-self.sizes[: 4 * most], kind="stable")[:most]
+
+            def sample(clients: int) -> Batch:
+                return next(iter(self.batches.draw(largest[:clients].tolist(), 0)))
+
+            mine = None
+            if self.collectives.rank == 0:
+                evaluator, per_batch = self.settings.evaluator, self.settings.clients_per_batch
+                mine = choose(evaluator, per_batch, most, self.server.x, sample, make)
+            choice = self.collectives.gather(mine)[0]
+        assert choice is not None
+        self.choice, self._evaluator = choice, make(choice)
+        return choice
+
+    def run_round(self) -> dict[str, float | int | None]:
+        """Run one round and return its metrics, timed on this rank and otherwise the same on all.
+
+        Raises:
+            NonFiniteUpdateError: a client sent NaN or infinity and the settings say `error`; nothing was updated.
+        """
+        choice = self.choice or self.settle()
+        link_before, start = self.collectives.link_bytes, time.perf_counter()
+        settings, rank, world = self.settings, self.collectives.rank, self.collectives.world_size
+        ids = sample_cohort(settings.sampling, settings.seed, self.round, self.population, settings.cohort).tolist()
+        blocks: list[int | None] = [None] * len(ids)
+        if self._sliced:
+            blocks = assign_blocks(settings.seed, self.round, len(ids), self.layout.n_blocks).tolist()
+        lr = learning_rate(settings.schedule, settings.lr, self.round, settings.rounds)
+        nominal = Round(self.round, len(ids), self.population, self.nominal_steps, lr)
+        costs = self.batches.steps(ids).astype(float).tolist()
+        placed = place(ids, costs, self.owners, self._speeds)
+        self._move(ids, placed)
+
+        aggregator = self._aggregator
+        aggregator.reset()
+        down = Vectors({name: self.server[name] for name in self.algorithm.down}, what="the down wires", read_only=True)
+        bad: list[str] = []
+        busy_start = time.perf_counter()
+        mine = placed[rank]
+        for first in range(0, len(mine), choice.clients_per_batch):
+            positions = mine[first : first + choice.clients_per_batch]
+            bad += self._train([ids[p] for p in positions], [blocks[p] for p in positions], down, nominal, aggregator)
+        if self.objective.device.type == "cuda":
+            torch.cuda.synchronize(self.objective.device)
+        slots = aggregator.slots
+        slots[DROPPED] = len(bad)
+        slots[STOP] = float(self.stop_requested)
+        slots[5 + rank] = time.perf_counter() - busy_start
+        slots[5 + world + rank] = sum(costs[p] for p in mine)
+        holders = [
+            [w for w in range(world) if any(blocks[p] == b for p in placed[w])] for b in range(self.layout.n_blocks)
+        ]
+        agg = aggregator.reduce(self.collectives, holders)
+        loss_sum, loss_count, clients, dropped, stop, *per_rank = slots.tolist()
+        if dropped and settings.on_nonfinite == "error":
+            everyone = [text for texts in self.collectives.gather(bad) for text in texts]
+            raise NonFiniteUpdateError("; ".join(everyone))
+        self.stop_requested = stop > 0
+        if clients:
+            done = Round(self.round, int(clients), self.population, self.nominal_steps, lr)
+            self._update_server(agg, done)
+        self._note_speeds(per_rank[:world], per_rank[world:])
+        self.round += 1
+        up_bytes, down_bytes = protocol_bytes(
+            self.algorithm.down, self.server, self.wires, self.layout, blocks, self.server.x.element_size()
+        )
+        round_s = time.perf_counter() - start
+        busiest = max(per_rank[:world])
+        return {
+            "round": self.round,
+            "round_s": round_s,
+            "lr": lr,
+            "train_loss": loss_sum / loss_count if loss_count else None,
+            "protocol_up_bytes": up_bytes,
+            "protocol_down_bytes": down_bytes,
+            "link_bytes": self.collectives.link_bytes - link_before,
+            "clients_per_s": clients / round_s,
+            "rank_idle": 1 - sum(per_rank[:world]) / (world * busiest) if busiest else 0.0,
+            "cohort": int(clients),
+            "dropped": int(dropped),
+        }
+
+    def _train(
+        self, ids: list[int], blocks: list[int | None], down: Vectors, nominal: Round, aggregator: Aggregator
+    ) -> list[str]:
+        """Train one batch of clients and add what they send; returns a line for each that sent NaN or infinity."""
+        assert self._evaluator is not None
+        if len(self._gradients) != len(ids):
+            self._gradients = down.x.new_empty(len(ids), self.layout.d)
+        task = LocalTask(self, ids, nominal, self._evaluator, self._gradients)
+        keep = Vectors(self.store.get(ids, down.x.device), what="the client's kept state")
+        versions = {name: value._version for name, value in down.items()}
+        up = self.algorithm.client(down, keep, task)
+        if written := [name for name, value in down.items() if value._version != versions[name]]:
+            raise RuntimeError(f"{type(self.algorithm).__name__}.client wrote to {', '.join(written)} in place")
+        self._check_up(up, len(ids))
+        finite = self._finite_rows(up)
+        bad = []
+        for c, client in enumerate(ids):
+            if not finite[c]:
+                bad.append(f"client {client} sent NaN or infinity in round {self.round + 1}")
+                continue
+            weight = float(self.sizes[client]) if self.settings.weighting == "samples" else 1.0
+            aggregator.add(up, c, weight, blocks[c])
+            if self.algorithm.keep:
+                self.store.put([client], {name: keep[name][c : c + 1] for name in self.algorithm.keep})
+        kept = torch.tensor(finite, device=task.loss_sum.device)
+        aggregator.slots[LOSS_SUM] += torch.where(kept, task.loss_sum, 0).sum()
+        aggregator.slots[LOSS_COUNT] += torch.where(kept, task.loss_count, 0).sum()
+        aggregator.slots[CLIENTS] += sum(finite)
+        return bad
+
+    def _check_up(self, up: Mapping[str, Tensor], clients: int) -> None:
+        expected = {name: (clients, wire.size(self.layout)) for name, wire in self.wires.items()}
+        found = {name: tuple(value.shape) for name, value in up.items()}
+        if found != expected:
+            raise RuntimeError(
+                f"{type(self.algorithm).__name__}.client must return exactly its up wires {expected}, got {found}"
+            )
+
+    def _finite_rows(self, up: Mapping[str, Tensor]) -> list[bool]:
+        # A sum is finite if and only if its terms are, short of an overflow that no sane update reaches.
+        totals = torch.stack([value.sum(1, dtype=torch.float64) for value in up.values()])
+        return torch.isfinite(totals).all(0).tolist()
+
+    def _update_server(self, agg: Vectors, r: Round) -> None:
+        new = self.algorithm.server(self.server, agg, r)
+        if unknown := set(new) - set(self.server):
+            raise RuntimeError(f"{type(self.algorithm).__name__}.server returned {unknown}, which init did not declare")
+        self.server.update(new)
+
+    def _move(self, ids: Sequence[int], placed: Sequence[Sequence[int]]) -> None:
+        """Bring kept state to the ranks that train its clients this round."""
+        if not self.algorithm.keep:
+            return
+        rank = self.collectives.rank
+        moves, moving = [], []
+        for target, positions in enumerate(placed):
+            for position in positions:
+                source = self.owners.get(ids[position])
+                if source is not None and source != target:
+                    moves.append((source, target))
+                    moving.append(ids[position])
+                self.owners[ids[position]] = target
+        device = self.objective.device
+        outgoing = [self.store.row(i).to(device) for i, move in zip(moving, moves, strict=True) if move[0] == rank]
+        incoming = [self.server.x.new_empty(self.store.width) for move in moves if move[1] == rank]
+        self.collectives.exchange(moves, self.store.width * self.server.x.element_size(), outgoing, incoming)
+        arrived = iter(incoming)
+        for client, (source, target) in zip(moving, moves, strict=True):
+            if source == rank:
+                self.store.drop(client)
+            elif target == rank:
+                self.store.put_row(client, next(arrived))
+
+    def _note_speeds(self, busy_s: Sequence[float], work: Sequence[float]) -> None:
+        if self.settings.placement == "measured" and all(s > 0 and w > 0 for s, w in zip(busy_s, work, strict=True)):
+            measured = [w / s for s, w in zip(busy_s, work, strict=True)]
+            self._speeds = [m if self.round == 0 else (v + m) / 2 for v, m in zip(self._speeds, measured, strict=True)]
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and accuracy of the server model on the test set, shared out over ranks."""
+        module = self.objective.module
+        self._bound.bind(self.server.x, None)
+        module.eval()
+        rank, world = self.collectives.rank, self.collectives.world_size
+        share = -(-self.objective.test_samples // world)
+        stop = min(self.objective.test_samples, (rank + 1) * share)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.objective.device)
+        for first in range(rank * share, stop, EVAL_BATCH):
+            sums += self.objective.evaluate(slice(first, min(stop, first + EVAL_BATCH)))
+        module.train()
+        loss, correct, samples = self.collectives.all_reduce(sums).tolist()
+        return {"test_loss": loss / samples, "test_accuracy": correct / samples}
+
+    def named_parameters(self) -> dict[str, Tensor]:
+        """The server model by parameter name, as views."""
+        return self.layout.views(self.server.x)

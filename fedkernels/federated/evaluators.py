@@ -1,0 +1,154 @@
+"""Ways to compute the gradients of `C` clients, behind one signature.
+
+`loop` binds the module to one client's row after another; `batched` runs all clients in one vectorised pass;
+`compiled` is `loop` through `torch.compile`; `auto` times `loop` and `batched` and takes the faster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad_and_value, vmap
+
+from ..contract import Batch
+from ..layout import Layout
+from .objective import Objective
+
+EvaluatorName = Literal["auto", "loop", "batched", "compiled"]
+
+
+class Evaluator(Protocol):
+    """Fills `g [C, d]` with the gradients at `y [C, d]` and returns the losses `[C]`; inactive rows are undefined."""
+
+    def __call__(self, y: Tensor, batch: Batch, g: Tensor) -> Tensor: ...
+
+
+class BoundModule:
+    """The objective's module with its parameters bound to a flat row; rebinding to the same row is free."""
+
+    def __init__(self, objective: Objective, layout: Layout) -> None:
+        self._layout = layout
+        self._parameters = layout.parameters(objective.module)
+        self._bound: tuple[Tensor, Tensor | None] | None = None
+
+    def bind(self, row: Tensor, grad_row: Tensor | None) -> None:
+        """Bind to `row [d]` and `grad_row [d]`."""
+        if self._bound is not None and _same(self._bound[0], row) and _same(self._bound[1], grad_row):
+            return
+        self._layout.bind(self._parameters, row, grad_row)
+        # Holding the rows keeps their memory from being handed out again, so equal addresses mean equal rows.
+        self._bound = (row, grad_row)
+
+
+class Loop:
+    """One client after another; gradients land in flat memory by backward itself."""
+
+    def __init__(self, objective: Objective, bound: BoundModule, *, compiled: bool = False) -> None:
+        self._objective = objective
+        self._bound = bound
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(objective.module) if compiled else objective.module
+
+    def __call__(self, y: Tensor, batch: Batch, g: Tensor) -> Tensor:
+        g.zero_()
+        losses = torch.zeros(len(y), dtype=y.dtype, device=y.device)
+        active = [True] * len(y) if batch.active is None else batch.active.tolist()
+        for c in range(len(y)):
+            if active[c]:
+                self._bound.bind(y[c], g[c])
+                weights = None if batch.weights is None else batch.weights[c]
+                loss = self._objective.loss(self._forward, batch.inputs[c], batch.targets[c], weights)
+                loss.backward()
+                losses[c] = loss.detach()
+        return losses
+
+
+class Batched:
+    """All clients in one `vmap` over rows of `y`; a single split and concatenation per client, no copies by name."""
+
+    def __init__(self, objective: Objective, layout: Layout) -> None:
+        def loss(row: Tensor, inputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+            views = layout.views(row)
+            return objective.loss(lambda x: functional_call(objective.module, views, (x,)), inputs, targets, weights)
+
+        self._weighted = vmap(grad_and_value(loss), randomness="different")
+        self._plain = vmap(grad_and_value(loss), in_dims=(0, 0, 0, None), randomness="different")
+
+    def __call__(self, y: Tensor, batch: Batch, g: Tensor) -> Tensor:
+        run = self._plain if batch.weights is None else self._weighted
+        gradients, losses = run(y, batch.inputs, batch.targets, batch.weights)
+        g.copy_(gradients)
+        return losses.detach()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The evaluator that runs, how many clients at once, and why."""
+
+    evaluator: Literal["loop", "batched", "compiled"]
+    clients_per_batch: int
+    why: str
+
+
+def make_evaluator(choice: Choice, objective: Objective, layout: Layout, bound: BoundModule) -> Evaluator:
+    if choice.evaluator == "batched":
+        return Batched(objective, layout)
+    return Loop(objective, bound, compiled=choice.evaluator == "compiled")
+
+
+def choose(
+    evaluator: EvaluatorName,
+    clients_per_batch: int | None,
+    most_clients: int,
+    x: Tensor,
+    sample: Callable[[int], Batch],
+    make: Callable[[Choice], Evaluator],
+) -> Choice:
+    """Settle `auto` evaluators and batch sizes, by timing a few gradient evaluations on real data.
+
+    Args:
+        most_clients: clients one rank trains in a round; no batch is larger.
+        sample: makes a batch for that many clients.
+    """
+    on_gpu = x.device.type == "cuda"
+    # Rows in one batch: bounded by what a GPU's memory holds many times over; a CPU gains nothing from long batches.
+    wanted = clients_per_batch or (max(1, min(64, int(2**28 // max(1, x.numel())))) if on_gpu else 8)
+    together = max(1, min(wanted, most_clients))
+    loop_size = min(clients_per_batch or 1, together)
+    if evaluator != "auto":
+        size = together if evaluator == "batched" else loop_size
+        return Choice(evaluator, size, "as configured")
+    if together == 1:
+        return Choice("loop", 1, "one client at a time, nothing to batch")
+    try:
+        batched_s = _time_per_client(make(Choice("batched", together, "")), x, sample(together))
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        return Choice("loop", loop_size, f"this model cannot be batched over clients: {reason}")
+    loop_s = _time_per_client(make(Choice("loop", 1, "")), x, sample(1))
+    why = f"measured {1e3 * loop_s:.2f} ms per client-step in a loop, {1e3 * batched_s:.2f} ms batched by {together}"
+    return Choice("batched", together, why) if batched_s < loop_s else Choice("loop", loop_size, why)
+
+
+def _time_per_client(evaluator: Evaluator, x: Tensor, batch: Batch) -> float:
+    clients = len(batch.inputs)
+    y = x.expand(clients, -1).clone()
+    g = torch.empty_like(y)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        evaluator(y, batch, g)
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+        best = min(best, time.perf_counter() - start)
+    return best / clients
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape

@@ -1,0 +1,126 @@
+"""What clients minimise: the model, its loss and metric, and the dataset on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.datasets import Dataset
+
+CROP_PADDING = 4
+Precision = Literal["fp32", "bf16"]
+
+
+class Objective:
+    """A model and a dataset resident on one device, with their loss and metric.
+
+    Images stay uint8 and are normalised (and augmented) in batches when they are used; there is no per-sample loader.
+
+    Args:
+        precision: `bf16` computes forward and backward under autocast; parameters and updates stay as they are.
+    """
+
+    def __init__(self, module: nn.Module, data: Dataset, device: torch.device, precision: Precision = "fp32") -> None:
+        self.module = module.to(device)
+        self.device = device
+        self.precision = precision
+        self.kind = data.kind
+        self.augment = data.augment
+        parameter = next(module.parameters())
+        self.dtype = parameter.dtype
+        # Convolutions run faster on channels-last activations; a patch projection is a matrix product in disguise.
+        convolutions = [child for child in module.modules() if isinstance(child, nn.Conv2d)]
+        self.channels_last = any(child.kernel_size != child.stride for child in convolutions)
+        self._inputs = data.train_inputs.to(device)
+        self._targets = data.train_targets.to(device)
+        self._test_inputs = data.test_inputs.to(device)
+        self._test_targets = data.test_targets.to(device)
+        if self.kind == "image":
+            std = torch.tensor(data.std, dtype=self.dtype, device=device)
+            mean = torch.tensor(data.mean, dtype=self.dtype, device=device)
+            self._scale = (1 / (255 * std)).view(-1, 1, 1)
+            self._shift = (mean / std).view(-1, 1, 1)
+
+    @property
+    def test_samples(self) -> int:
+        return len(self._test_targets)
+
+    def train_batch(self, indices: Tensor, crops: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Inputs `[C, b, ...]` and targets `[C, b, ...]` of training samples `indices [C, b]`.
+
+        Args:
+            crops: `[C, b, 3]` rows and columns of the crop in the padded image, and whether to flip; None for none.
+        """
+        flat = indices.flatten()
+        images = self._inputs[flat]
+        if crops is not None:
+            images = _crop_and_flip(images, crops.flatten(0, 1))
+        inputs = self._prepare(images).unflatten(0, indices.shape)
+        return inputs, self._targets[flat].long().unflatten(0, indices.shape)
+
+    def test_batch(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Inputs `[b, ...]` and targets of test samples."""
+        return self._prepare(self._test_inputs[part]), self._test_targets[part].long()
+
+    def _prepare(self, raw: Tensor) -> Tensor:
+        if self.kind != "image":
+            return raw.long()
+        images = torch.addcmul(-self._shift, raw.to(self.dtype), self._scale)
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+    def loss(
+        self, forward: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        """Mean cross-entropy over the samples of weight 1, a scalar.
+
+        Args:
+            forward: inputs `[b, ...]` to logits.
+            weights: `[b]`, 1 or 0.
+        """
+        with self.autocast():
+            logits = forward(inputs)
+        if weights is None:
+            return F.cross_entropy(logits.flatten(0, -2).to(self.dtype), targets.flatten())
+        return (self._per_sample(logits, targets) * weights).sum() / weights.sum()
+
+    def _per_sample(self, logits: Tensor, targets: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits.flatten(0, -2).to(self.dtype), targets.flatten(), reduction="none")
+        return losses.view(targets.shape).flatten(1).mean(1) if targets.dim() > 1 else losses
+
+    def evaluate(self, part: slice) -> Tensor:
+        """Sums over test samples `part`: `[loss, accuracy, samples]` in float64; a sequence counts as one sample."""
+        inputs, targets = self.test_batch(part)
+        with torch.no_grad(), self.autocast():
+            logits = self.module(inputs)
+        hits = (logits.argmax(-1) == targets).double().view(len(targets), -1).mean(1)
+        samples = torch.tensor(len(targets), dtype=torch.float64, device=self.device)
+        return torch.stack([self._per_sample(logits, targets).sum(dtype=torch.float64), hits.sum(), samples])
+
+    def autocast(self) -> AbstractContextManager[object]:
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+
+def draw_crops(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Random crop offsets in an image padded by `CROP_PADDING`, and flips: `[*shape, 3]`."""
+    high = (2 * CROP_PADDING + 1, 2 * CROP_PADDING + 1, 2)
+    return rng.integers(0, high, size=(*shape, 3), dtype=np.int64)
+
+
+def _crop_and_flip(images: Tensor, crops: Tensor) -> Tensor:
+    """Crop every image of `[n, c, h, w]` at its own offset of the zero-padded image, and flip where asked."""
+    n, channels, height, width = images.shape
+    padded = F.pad(images, (CROP_PADDING,) * 4)
+    rows = crops[:, 0, None] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device)
+    columns = crops[:, 1, None] + torch.where(crops[:, 2, None] == 1, columns.flip(0), columns)
+    samples = torch.arange(n, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[:, None, None]
+    return padded[samples, channel, rows[:, None, :, None], columns[:, None, None, :]]

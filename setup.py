@@ -1,0 +1,42 @@
+"""Packaging of fedkernels; metadata is here, tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+init = (here / "fedkernels" / "__init__.py").read_text()
+version = re.search(r'__version__ = "(.+)"', init).group(1)
+extras = {
+    "triton": ["triton>=3.5; platform_system == 'Linux'"],
+    "deepspeed": ["deepspeed>=0.18"],
+    "hf": ["transformers>=5.0"],
+    "tensorboard": ["tensorboard>=2.16"],
+    "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.13", "types-PyYAML", "transformers>=5.0", "tensorboard>=2.16"],
+}
+
+setup(
+    name="fedkernels",
+    version=version,
+    description="Multi-node federated training on torch.distributed, with custom kernels",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["fedkernels", "fedkernels.*"]),
+    package_data={"fedkernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "pydantic>=2.8",
+        "pyyaml>=6",
+        "rich>=13",
+        "matplotlib>=3.8",
+        "scikit-learn>=1.4",
+        "safetensors>=0.4.5",
+        "pillow>=10",
+    ],
+    extras_require=extras,
+    entry_points={"console_scripts": ["fedkernels=fedkernels.cli:main"]},
+)

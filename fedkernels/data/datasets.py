@@ -63,7 +63,7 @@ class Digits:
 
     def load(self) -> Dataset:
         """Read the bundled images and hold out the test share of every class."""
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
 
         if not 0 < self.test_fraction < 1:
             raise ValueError(f"test_fraction = {self.test_fraction}: expected a number between 0 and 1")

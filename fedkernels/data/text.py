@@ -62,7 +62,8 @@ class Topics:
                 texts.append(b"")
             texts[-1] += topic.encode()
         if len(texts) > 1 and len(texts[-1]) <= self.length:
-            texts[-2] += texts.pop()
+            short = texts.pop()
+            texts[-1] += short
         train, test, groups = [], [], []
         for group, text in enumerate(texts):
             n = len(text) // (self.length + 1)

@@ -45,16 +45,18 @@ class Vit:
             raise ValueError(f"vit: image {height}x{width} is not a multiple of patch {self.patch}")
         from transformers import ViTConfig, ViTForImageClassification
 
-        config = ViTConfig(
-            hidden_size=self.dim,
-            num_hidden_layers=self.depth,
-            num_attention_heads=self.heads,
-            intermediate_size=self.mlp_ratio * self.dim,
-            image_size=(height, width),
-            patch_size=self.patch,
-            num_channels=channels,
-            num_labels=classes,
-            attn_implementation=_register_attention(),
+        config = ViTConfig.from_dict(
+            {
+                "hidden_size": self.dim,
+                "num_hidden_layers": self.depth,
+                "num_attention_heads": self.heads,
+                "intermediate_size": self.mlp_ratio * self.dim,
+                "image_size": (height, width),
+                "patch_size": self.patch,
+                "num_channels": channels,
+                "num_labels": classes,
+                "attn_implementation": _register_attention(),
+            }
         )
         return _Logits(ViTForImageClassification(config))
 
@@ -98,20 +100,22 @@ class Gpt2:
         _check_heads("gpt2", self.dim, self.heads)
         from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-        config = GPT2Config(
-            vocab_size=classes if kind == "language" else BYTE_TOKENS,
-            n_positions=input_shape[0],
-            n_embd=self.dim,
-            n_layer=self.depth,
-            n_head=self.heads,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-            # GPT-2's own ids lie outside small vocabularies.
-            bos_token_id=None,
-            eos_token_id=None,
-            attn_implementation=_register_attention(),
+        config = GPT2Config.from_dict(
+            {
+                "vocab_size": classes if kind == "language" else BYTE_TOKENS,
+                "n_positions": input_shape[0],
+                "n_embd": self.dim,
+                "n_layer": self.depth,
+                "n_head": self.heads,
+                "resid_pdrop": 0.0,
+                "embd_pdrop": 0.0,
+                "attn_pdrop": 0.0,
+                "use_cache": False,
+                # GPT-2's own ids lie outside small vocabularies.
+                "bos_token_id": None,
+                "eos_token_id": None,
+                "attn_implementation": _register_attention(),
+            }
         )
         return (
             _Logits(GPT2LMHeadModel(config)) if kind == "language" else _LastToken(GPT2Model(config), self.dim, classes)

@@ -27,11 +27,13 @@ def check(data: Dataset, classes: int) -> None:
     assert data.train_inputs.dtype == data.test_inputs.dtype == torch.uint8
     assert len(data.train_inputs) == len(data.train_targets) == len(data.labels)
     assert len(data.test_inputs) == len(data.test_targets) > 0
-    assert data.classes == classes and data.labels.dtype == torch.int64
+    assert data.classes == classes
+    assert data.labels.dtype == torch.int64
     assert data.input_shape == tuple(data.test_inputs.shape[1:])
     for targets in (data.train_targets, data.test_targets):
         assert targets.dtype == (torch.uint8 if data.kind == "language" else torch.int64)
-        assert 0 <= int(targets.min()) and int(targets.max()) < classes
+        assert int(targets.min()) >= 0
+        assert int(targets.max()) < classes
     if data.kind == "image":
         pixels = data.train_inputs.numpy().astype(np.float64) / 255
         np.testing.assert_allclose(data.mean, pixels.mean((0, 2, 3)), rtol=1e-9, atol=0)
@@ -43,7 +45,8 @@ def check(data: Dataset, classes: int) -> None:
 def test_tables_have_a_one_line_description_for_every_name() -> None:
     for table, method in ((DATASETS, "load"), (PARTITIONS, "split")):
         for kind in table.values():
-            assert callable(getattr(kind, method)) and kind.__doc__.splitlines()[0].endswith(".")
+            assert callable(getattr(kind, method))
+            assert kind.__doc__.splitlines()[0].endswith(".")
 
 
 # Bundled and generated data
@@ -52,7 +55,9 @@ def test_tables_have_a_one_line_description_for_every_name() -> None:
 def test_digits_are_those_of_scikit_learn() -> None:
     data = Digits().load()
     check(data, 10)
-    assert data.input_shape == (1, 8, 8) and int(data.train_inputs.max()) == 255 and data.groups is None
+    assert data.input_shape == (1, 8, 8)
+    assert int(data.train_inputs.max()) == 255
+    assert data.groups is None
     bunch = load_digits()
 
     def bag(images: np.ndarray, targets: np.ndarray) -> Counter[tuple[float, ...]]:
@@ -64,7 +69,7 @@ def test_digits_are_those_of_scikit_learn() -> None:
     held_out = np.bincount(data.test_targets) / np.bincount(bunch.target)
     np.testing.assert_allclose(held_out, 0.2, atol=0.004)
     assert torch.equal(Digits().load().test_inputs, data.test_inputs)
-    with pytest.raises(ValueError, match="test_fraction = 1.5"):
+    with pytest.raises(ValueError, match=r"test_fraction = 1\.5"):
         Digits(test_fraction=1.5).load()
 
 
@@ -72,9 +77,10 @@ def test_synthetic_images_can_be_learned_and_follow_the_seed() -> None:
     config = Synthetic(classes=4, samples=300, test_samples=101, channels=2, size=10, seed=1)
     data = config.load()
     check(data, 4)
-    assert data.train_inputs.shape == (300, 2, 10, 10) and len(data.test_inputs) == 101
+    assert data.train_inputs.shape == (300, 2, 10, 10)
+    assert len(data.test_inputs) == 101
     assert np.bincount(data.train_targets).tolist() == [75] * 4
-    model = LogisticRegression(C=1e-4, max_iter=200).fit(data.train_inputs.flatten(1).numpy(), data.train_targets)
+    model = LogisticRegression(C=1e-4, max_iter=2000).fit(data.train_inputs.flatten(1).numpy(), data.train_targets)
     assert model.score(data.test_inputs.flatten(1).numpy(), data.test_targets) > 0.8
     assert torch.equal(config.load().train_inputs, data.train_inputs)
     other = Synthetic(classes=4, samples=300, test_samples=101, channels=2, size=10, seed=2).load()
@@ -87,7 +93,9 @@ def test_synthetic_images_can_be_learned_and_follow_the_seed() -> None:
 def test_topics_are_the_text_of_pydoc(length: int) -> None:
     data = Topics(length=length).load()
     check(data, 256)
-    assert data.kind == "language" and data.input_shape == (length,) and data.groups is not None
+    assert data.kind == "language"
+    assert data.input_shape == (length,)
+    assert data.groups is not None
     assert torch.equal(data.train_inputs[:, 1:], data.train_targets[:, :-1])
     text = b"".join(topics[name].encode() for name in sorted(topics))
 
@@ -99,7 +107,8 @@ def test_topics_are_the_text_of_pydoc(length: int) -> None:
     assert all(row in text for row in train + test)
     # Train and test rows are disjoint pieces: in corpus order they tile it, apart from the topics' last bytes.
     groups = data.groups.tolist()
-    assert groups == sorted(groups) and set(groups) == set(range(groups[-1] + 1))
+    assert groups == sorted(groups)
+    assert set(groups) == set(range(groups[-1] + 1))
     assert len(text) - sum(map(len, train + test)) < (groups[-1] + 1) * (length + 1)
     if length == 64:  # every topic is longer than one sequence: group g is the g-th topic
         assert groups[-1] + 1 == len(topics)
@@ -116,10 +125,11 @@ def test_topics_hold_out_the_end_of_each_topic(monkeypatch: pytest.MonkeyPatch) 
     data = Topics(length=3, test_fraction=0.2).load()
     assert data.groups is not None
     groups = [1] * 6 + [2] * 9  # sequences of 4 bytes: a has 1, b 7 (one held out), c with d 11 (two held out)
-    assert data.groups.tolist() == [0, *groups] and torch.equal(data.labels, data.groups)
+    assert data.groups.tolist() == [0, *groups]
+    assert torch.equal(data.labels, data.groups)
     assert [bytes(row) for row in data.test_inputs.tolist()] == [b"BBB", b"...", b"CDE"]
     assert [bytes(row) for row in data.test_targets.tolist()] == [b"BBB", b"...", b"DEd"]
-    with pytest.raises(ValueError, match="length = 40 .* hold out no sequence"):
+    with pytest.raises(ValueError, match=r"length = 40 .* hold out no sequence"):
         Topics(length=40).load()
 
 
@@ -135,7 +145,8 @@ def _py2(value: object) -> bytes:
         return b"J" + struct.pack("<i", value)
     if isinstance(value, bytes):
         return b"T" + struct.pack("<i", len(value)) + value
-    assert isinstance(value, np.ndarray) and value.dtype == np.uint8
+    assert isinstance(value, np.ndarray)
+    assert value.dtype == np.uint8
     dtype = b"cnumpy\ndtype\n" + _py2(b"u1") + b"K\x00K\x01\x87R(K\x03" + _py2(b"|") + b"NNNJ\xff\xff\xff\xff"
     shape = b"(" + b"".join(map(_py2, value.shape)) + b"t"
     array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + _py2(b"b") + b"\x87R(K\x01" + shape
@@ -166,7 +177,8 @@ def test_cifar10_reads_the_python_2_pickles(cifar10: tuple[Path, np.ndarray, np.
     for path in (folder, folder.parent):
         data = Cifar10(str(path)).load()
         check(data, 3)
-        assert data.augment and data.input_shape == (3, 32, 32)
+        assert data.augment
+        assert data.input_shape == (3, 32, 32)
         assert data.train_inputs.flatten(1).numpy().tolist() == images[:20].tolist()
         assert data.test_inputs.flatten(1).numpy().tolist() == images[20:].tolist()
         assert data.train_targets.tolist() == labels[:20].tolist()
@@ -183,7 +195,9 @@ def test_cifar100_reads_fine_labels(tmp_path: Path) -> None:
     write_py2(tmp_path / "meta", {b"fine_label_names": [b"x"] * 9, b"coarse_label_names": [b"y"]})
     data = Cifar100(str(tmp_path)).load()
     check(data, 9)
-    assert data.augment and data.train_targets.tolist() == [*range(6)] and data.test_targets.tolist() == [6, 7, 8]
+    assert data.augment
+    assert data.train_targets.tolist() == [*range(6)]
+    assert data.test_targets.tolist() == [6, 7, 8]
     assert data.test_inputs.flatten(1).numpy().tolist() == images[6:].tolist()
 
 
@@ -252,8 +266,10 @@ def test_tiny_imagenet_reads_colour_and_grey_images(tiny: Path) -> None:
     for path in (tiny, tiny.parent):
         data = TinyImageNet(str(path)).load()
         check(data, 3)
-        assert data.augment and data.input_shape == (3, 64, 64)
-    assert data.train_targets.tolist() == [0, 0, 1, 1, 2, 2] and data.test_targets.tolist() == [1, 0]
+        assert data.augment
+        assert data.input_shape == (3, 64, 64)
+    assert data.train_targets.tolist() == [0, 0, 1, 1, 2, 2]
+    assert data.test_targets.tolist() == [1, 0]
     center = data.train_inputs[:, :, 32, 32].numpy().astype(int)
     expected = [[60 * n, 200 - 100 * i, 30] for n in (1, 2, 3) for i in (0, 1)]
     np.testing.assert_allclose(center, expected, atol=4)
@@ -341,11 +357,14 @@ def test_glue_reads_the_files_of_the_tasks(task: str, tmp_path: Path) -> None:
     path = glue(tmp_path, header + one + two + one, header + two, dev_name=dev_name)
     data = Glue(path, length=40).load()
     check(data, 2)
-    assert data.kind == "text" and data.input_shape == (40,) and data.groups is None
+    assert data.kind == "text"
+    assert data.input_shape == (40,)
+    assert data.groups is None
     assert sentences(data.train_inputs) == [texts[0], texts[1], texts[0]]
     assert sentences(data.test_inputs) == [texts[1]]
     # In every task above the second row's label sorts first.
-    assert data.train_targets.tolist() == [1, 0, 1] and data.test_targets.tolist() == [0]
+    assert data.train_targets.tolist() == [1, 0, 1]
+    assert data.test_targets.tolist() == [0]
 
 
 def test_glue_reads_csv_with_quotes_and_named_columns(tmp_path: Path) -> None:
@@ -353,7 +372,8 @@ def test_glue_reads_csv_with_quotes_and_named_columns(tmp_path: Path) -> None:
     path = glue(tmp_path, train, "premise,hypothesis,label,idx\nSnow,Cold,10,0\n", suffix="csv")
     data = Glue(path, length=64).load()
     assert sentences(data.train_inputs) == [['It rains, "they" say.', "Wet\nstreets"], ["Sun", "Dry"]]
-    assert data.train_targets.tolist() == [0, 1] and data.test_targets.tolist() == [1]  # 2 < 10, as numbers
+    assert data.train_targets.tolist() == [0, 1]
+    assert data.test_targets.tolist() == [1]
     data = Glue(path, columns=("hypothesis",), label="label", length=8).load()
     assert sentences(data.train_inputs) == [["Wet\nstre"], ["Dry"]]
 
@@ -373,7 +393,7 @@ def test_glue_names_missing_and_damaged_files(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             Glue(glue(folder, train, dev, suffix), **fields).load()  # type: ignore[arg-type]
 
-    fails("train.tsv, line 3: expected 2 columns and a label, found 1 columns", train=good[:-2])
+    fails("train.tsv, line 3: expected 2 columns and a label, found 1 columns", train=good[:-3])
     fails("dev.tsv, line 3: expected 2 columns and a label, found 2 columns", dev=good[:-2] + "\n")
     fails("train.tsv: expected a header and at least one row, found 1 lines", train="sentence\tlabel\n")
     fails("train.tsv: expected the text columns sentence1 . sentence2 or", train="")
@@ -393,4 +413,5 @@ def test_glue_names_missing_and_damaged_files(tmp_path: Path) -> None:
 def test_glue_leaves_malformed_rows_out_on_request(tmp_path: Path) -> None:
     rows = "sentence\tlabel\nfine\t1\nbroken\n\tstray\t0\nbad\t0\n"
     data = Glue(glue(tmp_path, rows, rows), drop_malformed=True).load()
-    assert sentences(data.train_inputs) == [["fine"], ["bad"]] and data.train_targets.tolist() == [1, 0]
+    assert sentences(data.train_inputs) == [["fine"], ["bad"]]
+    assert data.train_targets.tolist() == [1, 0]

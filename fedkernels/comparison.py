@@ -61,9 +61,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration that differ by their seed only."""
+    """Runs of one configuration that differ by their seed only; `folder` is what their folder names share."""
 
     label: str
+    folder: str
     runs: tuple[Run, ...]
 
     @property
@@ -87,12 +88,14 @@ class Group:
         """
         runs = [run for run in self.runs if run.values(key)]
         axes = [_axis(run, by) for run in runs]
-        series = [{r: y for r, y in run.values(key).items() if r in x} for run, x in zip(runs, axes, strict=True)]
-        rounds = sorted(set.intersection(*map(set, series))) if series else []
-        y = np.array([[values[r] for r in rounds] for values in series], dtype=float).reshape(-1, len(rounds))
-        x = np.array([[axis[r] for r in rounds] for axis in axes], dtype=float).reshape(-1, len(rounds))
+        series = [run.values(key) for run in runs]
+        rounds = sorted(set.intersection(*map(set, series), *map(set, axes))) if runs else []
+        if not rounds:
+            return np.empty(0), np.empty(0), np.empty(0)
+        x = np.array([[axis[r] for r in rounds] for axis in axes], dtype=float)
+        y = np.array([[values[r] for r in rounds] for values in series], dtype=float)
         se = y.std(axis=0, ddof=1) / np.sqrt(len(y)) if len(y) > 1 else np.zeros(len(rounds))
-        return (x.mean(axis=0), y.mean(axis=0), se) if rounds else (np.empty(0), np.empty(0), np.empty(0))
+        return x.mean(axis=0), y.mean(axis=0), se
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class Statistic:
         """Mean and standard error over the runs of a group that have the number."""
         values = [value for run in group.runs if (value := self.value(run)) is not None]
         if not values:
-            return Cell(None, 0.0, "–", "")
+            return Cell(None, 0.0, "-", "")
         mean = float(np.mean(values))
         se = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
         parts = [f"± {self.format(se)}"] if se else []
@@ -147,13 +150,13 @@ def read_groups(run_dirs: Sequence[Path]) -> list[Group]:
     root = os.path.commonpath([path.parent for path in paths])
     groups = [tuple(runs) for runs in members.values()]
     algorithms = [name_of(runs[0].config, "algorithm") for runs in groups]
-    labels: list[str] = []
+    named: list[Group] = []
     for algorithm, runs in zip(algorithms, groups, strict=True):
-        folders = os.path.commonprefix([os.path.relpath(run.path, root) for run in runs])
-        folder = re.sub(r"[-_./ ]*(seed|s)?[-_./ ]*$", "", folders) if len(runs) > 1 else folders
-        label = f"{algorithm} · {folder or runs[0].path.name}" if algorithms.count(algorithm) > 1 else algorithm
-        labels.append(label if label not in labels else f"{label} ({labels.count(label) + 1})")
-    return [Group(label, runs) for label, runs in zip(labels, groups, strict=True)]
+        folder = _shared_name([os.path.relpath(run.path, root) for run in runs]) or runs[0].path.name
+        label = f"{algorithm} · {folder}" if algorithms.count(algorithm) > 1 else algorithm
+        same = sum(group.label.startswith(label) for group in named)
+        named.append(Group(f"{label} ({same + 1})" if any(label == g.label for g in named) else label, folder, runs))
+    return named
 
 
 class Comparison:
@@ -187,9 +190,9 @@ class Comparison:
                 )
                 for fraction, target in self.targets
             ),
-            Statistic("uplink", "protocol", partial(_total, key="protocol_up_bytes"), format_bytes),
-            Statistic("downlink", "protocol", partial(_total, key="protocol_down_bytes"), format_bytes),
-            Statistic("link", "cluster", partial(_total, key="link_bytes"), format_bytes),
+            Statistic("uplink", "protocol", partial(total, key="protocol_up_bytes"), format_bytes),
+            Statistic("downlink", "protocol", partial(total, key="protocol_down_bytes"), format_bytes),
+            Statistic("link", "cluster", partial(total, key="link_bytes"), format_bytes),
             TIME,
             Statistic("clients/s", "", _clients_per_s, format_rate),
             Statistic("rank idle", "", _rank_idle, format_percent),
@@ -207,27 +210,6 @@ class Comparison:
             return []
         best = max(known) if statistic.best == "max" else min(known)
         return [index for index, mean in enumerate(means) if mean == best]
-
-
-def comparison_table(run_dirs: Sequence[Path]) -> str:
-    """The comparison as aligned plain text, one line per configuration, for a terminal."""
-    groups = read_groups(run_dirs)
-    up_mb = Statistic(
-        "up MB", "", partial(_total, key="protocol_up_bytes"), lambda n_bytes: f"{n_bytes / 1e6:.3f}".rstrip("0").rstrip(".")
-    )
-    columns = (FINAL_ACCURACY, BEST_ACCURACY, TEST_LOSS, up_mb, TIME)
-    lines = [["run", "algorithm", "rounds", "final acc", "best acc", "test loss", "up MB", "time"]]
-    for group in groups:
-        rounds = [f"{run.last_round}/{run.planned_rounds}" for run in group.runs]
-        cells = [column.cell(group) for column in columns]
-        folder = group.runs[0].path.name + (f" +{len(group.runs) - 1}" if len(group.runs) > 1 else "")
-        numbers = [f"{cell.text} {cell.detail}".rstrip() for cell in cells]
-        lines.append([folder, group.algorithm, ", ".join(dict.fromkeys(rounds)), *numbers])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
 
 
 def rounds_to(run: Run, target: float) -> float | None:
@@ -257,6 +239,13 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _shared_name(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    # By characters, not path parts: `fedavg-s0` and `fedavg-s1` share `fedavg`.
+    return re.sub(r"(^|[-_/ ]+)(seed|s)?[-_]?\d*$", "", os.path.commonprefix(names))  # noqa: RUF071
+
+
 def _axis(run: Run, by: str) -> dict[int, float]:
     if by == "round":
         return {row["round"]: row["round"] for row in run.rows}
@@ -267,7 +256,8 @@ def _last(values: Mapping[int, float]) -> float | None:
     return values[max(values)] if values else None
 
 
-def _total(run: Run, key: str) -> float | None:
+def total(run: Run, key: str) -> float | None:
+    """The sum of a per-round quantity over the run."""
     return _last(run.running(key)) if run.values(key) else None
 
 

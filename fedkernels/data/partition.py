@@ -72,7 +72,7 @@ class Dirichlet:
         owner = np.empty(n, np.int64)
         for members in _by_class(labels):
             shares = rng.dirichlet(np.full(clients, alpha))
-            cuts = np.rint(np.cumsum(shares)[:-1] * len(members) * 0.9).astype(np.int64)
+            cuts = np.rint(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
             counts = np.diff(cuts, prepend=0, append=len(members))
             owner[rng.permutation(members)] = np.repeat(np.arange(clients), counts)
         order = rng.permutation(n)

@@ -41,7 +41,7 @@ class Vit:
         """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator."""
         channels, height, width = image_shape("vit", kind, input_shape)
         _check_heads("vit", self.dim, self.heads)
-        if height % self.patch or width % self.patch:
+        if self.patch < 1 or height % self.patch or width % self.patch:
             raise ValueError(f"vit: image {height}x{width} is not a multiple of patch {self.patch}")
         from transformers import ViTConfig, ViTForImageClassification
 
@@ -117,9 +117,9 @@ class Gpt2:
                 "attn_implementation": _register_attention(),
             }
         )
-        return (
-            _Logits(GPT2LMHeadModel(config)) if kind == "language" else _LastToken(GPT2Model(config), self.dim, classes)
-        )
+        if kind == "language":
+            return _Logits(GPT2LMHeadModel(config))
+        return _LastToken(GPT2Model(config), self.dim, classes)
 
     def roles(self, module: nn.Module) -> dict[str, Role]:
         """What every parameter is, by name."""

@@ -321,7 +321,7 @@ def sentences(tokens: torch.Tensor) -> list[list[str]]:
 
 
 TASKS = {  # header and rows in the tasks' own files, and what they say
-    "sst2": ("sentence\tlabel\n", "a fine film \t1\n", "dull\t0\n", [["a fine film "], ["dull"]]),
+    "sst2": ("sentence\tlabel\n", "a fine film \t1\n", "all\rdull\t0\n", [["a fine film "], ["all\rdull"]]),
     "cola": ("", "gj04\t1\t\tWe won't.\n", "gj04\t0\t*\tThe the.\n", [["We won't."], ["The the."]]),
     "mrpc": (
         "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n",
@@ -379,9 +379,14 @@ def test_glue_reads_csv_with_quotes_and_named_columns(tmp_path: Path) -> None:
 
 
 def test_glue_tokens_cut_the_longest_and_keep_reserved_bytes_free(tmp_path: Path) -> None:
-    rows = "sentence1\tsentence2\tlabel\nab\tcdefghijk\t0\nabcdefgh\tijklmnop\t1\na\0b\tc\1d\t1\n"
+    rows = "sentence1\tsentence2\tlabel\nab\tcdefghijk\t0\ncdefghijk\tab\t0\nabcdefgh\tijklmnop\t1\na\0b\tc\1d\t1\n"
     data = Glue(glue(tmp_path, rows, rows), length=8).load()
-    assert [bytes(row) for row in data.train_inputs.tolist()] == [b"ab\1cdefg", b"abc\1ijkl", b"a b\1c d\0"]
+    assert [bytes(row) for row in data.train_inputs.tolist()] == [
+        b"ab\1cdefg",
+        b"cdefg\1ab",
+        b"abc\1ijkl",
+        b"a b\1c d\0",
+    ]
 
 
 def test_glue_names_missing_and_damaged_files(tmp_path: Path) -> None:

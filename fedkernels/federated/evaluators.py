@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..contract import Batch
 from ..layout import Layout
@@ -80,7 +82,9 @@ class Batched:
 
     def __call__(self, y: Tensor, batch: Batch, g: Tensor) -> Tensor:
         run = self._plain if batch.weights is None else self._weighted
-        gradients, losses = run(y, batch.inputs, batch.targets, batch.weights)
+        # The fused attention of a CPU has no batching rule and would run client by client; the plain one has.
+        with nullcontext() if y.is_cuda else sdpa_kernel(SDPBackend.MATH):
+            gradients, losses = run(y, batch.inputs, batch.targets, batch.weights)
         g.copy_(gradients)
         return losses.detach()
 

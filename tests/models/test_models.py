@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fedkernels.layout import CurvatureBlocks, Layout
-from fedkernels.models import MODELS, Cnn, Gpt2, LeNet5, Mlp, ResNet18, Vit
+from fedkernels.models import MODELS, Cnn, Cnn3x3, Gpt2, LeNet5, Mlp, ResNet18, Vit
 
 # Flash attention on CPU has no batching rule: vmap falls back to a loop over clients and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -25,6 +25,7 @@ TINY = {
     "mlp": (Mlp(hidden=(7, 6)), "image", (1, 4, 4)),
     "lenet5": (LeNet5(), "image", (1, 8, 8)),
     "cnn": (Cnn(), "image", (1, 4, 4)),
+    "cnn3x3": (Cnn3x3(), "image", (1, 6, 6)),
     "resnet18": (ResNet18(width=2), "image", (3, 8, 8)),
     "vit": (TINY_VIT, "image", (3, 8, 8)),
     "gpt2": (TINY_GPT2, "language", (6,)),
@@ -60,7 +61,7 @@ def meta_count(config: object, shape: tuple[int, ...], classes: int, kind: str =
 
 
 def test_table_names_every_model() -> None:
-    assert set(MODELS) == {"mlp", "lenet5", "cnn", "resnet18", "vit", "gpt2"}
+    assert set(MODELS) == {"mlp", "lenet5", "cnn", "cnn3x3", "resnet18", "vit", "gpt2"}
     for model in MODELS.values():
         assert dataclasses.is_dataclass(model)
         assert model.__dataclass_params__.frozen
@@ -73,6 +74,7 @@ def test_table_names_every_model() -> None:
         (LeNet5(), "image", (3, 32, 32), 10, 62_006),
         (LeNet5(), "image", (1, 28, 28), 10, 61_706),
         (Cnn(), "image", (1, 28, 28), 10, 1_663_370),
+        (Cnn3x3(), "image", (1, 28, 28), 62, 1_206_590),
         (ResNet18(), "image", (3, 32, 32), 10, 11_173_962),
         (ResNet18(), "image", (3, 224, 224), 1000, 11_689_512),
         (Vit(768, 12, 12, 16), "image", (3, 224, 224), 1000, 86_567_656),

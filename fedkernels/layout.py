@@ -103,7 +103,7 @@ class Layout:
             return wide and (route == "all_matrices" or roles[name].kind == "matrix")
 
         def key(name: str) -> tuple[int, int, str]:
-            shape_group = f"{_as_matrix(shapes[name])}{roles[name].out_dim}" if is_matrix(name) else ""
+            shape_group = str(_as_matrix(shapes[name], roles[name].out_dim)) if is_matrix(name) else ""
             return blocks[name], not is_matrix(name), shape_group
 
         entries: list[Entry] = []
@@ -115,16 +115,13 @@ class Layout:
             stop = start + math.prod(shape)
             entries.append(Entry(name, shape, start, stop, blocks[name], role))
             if is_matrix(name):
-                rows, cols = _as_matrix(shape)
+                rows, cols, scale = _as_matrix(shape, role.out_dim)
                 matrix_stop = matrix_start + rows * cols
                 if key(name) == group:
                     first = slabs.pop()
-                    slab = Slab(
-                        first.start, stop, first.matrix_start, matrix_stop, first.count + 1, rows, cols, first.scale
-                    )
+                    slab = Slab(first.start, stop, first.matrix_start, matrix_stop, first.count + 1, rows, cols, scale)
                 else:
-                    out_in = rows / cols if role.out_dim == 0 else cols / rows
-                    slab = Slab(start, stop, matrix_start, matrix_stop, 1, rows, cols, math.sqrt(max(1.0, out_in)))
+                    slab = Slab(start, stop, matrix_start, matrix_stop, 1, rows, cols, scale)
                 slabs.append(slab)
                 group, matrix_start = key(name), matrix_stop
             start = stop
@@ -274,8 +271,12 @@ def infer_roles(module: nn.Module) -> dict[str, Role]:
     return roles
 
 
-def _as_matrix(shape: Sequence[int]) -> tuple[int, int]:
-    return shape[0], math.prod(shape[1:])
+def _as_matrix(shape: Sequence[int], out_dim: int) -> tuple[int, int, float]:
+    """Rows, columns and √max(1, out/in) of a tensor cut after its output dimension, or before it where it is last."""
+    last = out_dim == len(shape) - 1
+    cut = out_dim if last else out_dim + 1
+    rows, cols = math.prod(shape[:cut]), math.prod(shape[cut:])
+    return rows, cols, math.sqrt(max(1.0, cols / rows if last else rows / cols))
 
 
 def _assign_blocks(sizes: Mapping[str, int], n_blocks: int, shared: Sequence[str]) -> dict[str, int]:

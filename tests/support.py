@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import numpy as np
@@ -63,22 +65,28 @@ def tiny_engine(
     *,
     collectives: Collectives | None = None,
     partition: Partition | None = None,
+    module: nn.Module | None = None,
+    dtype: torch.dtype = torch.float64,
+    objective: type[Objective] = Objective,
     directory: Path = Path("unused"),
     **settings: Any,
 ) -> Engine:
-    """An engine over the tiny data and model; settings override the defaults below."""
+    """An engine over the tiny data and model, or over another module; settings override the defaults below."""
     torch.set_num_threads(1)
-    module = tiny_model()
+    roles = None
+    if module is None:
+        module = tiny_model()
+        roles = tiny_roles(module)
     defaults = {
         "rounds": 4, "cohort": 6, "work": LocalWork(8, local_steps=5, local_epochs=3), "lr": 0.05, "evaluator": "loop",
     }  # fmt: skip
     return Engine(
         algorithm,
-        Objective(module, tiny_data(), torch.device("cpu")),
+        objective(module.to(dtype), tiny_data(), torch.device("cpu")),
         partition or uneven_partition(),
         EngineSettings(**(defaults | settings)),
         collectives,
-        roles=tiny_roles(module),
+        roles=roles,
         directory=directory,
     )
 
@@ -90,7 +98,10 @@ def run_rounds(engine: Engine, rounds: int) -> tuple[dict[str, Tensor], list[dic
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call `function(collectives, *arguments)` on gloo ranks in processes of their own; their results in rank order."""
+    """Call `function(collectives, *arguments)` on gloo ranks in processes of their own; their results in rank order.
+
+    The processes import `function` by name, so it lives in a module of `tests/`, not in a test file.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -102,13 +113,26 @@ def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> 
     ]
     for process in ranks:
         process.start()
-    outcomes = dict(queue.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join(30)
-    for rank in range(world_size):
-        if isinstance(outcomes[rank], str):
-            raise AssertionError(f"rank {rank} failed:\n{outcomes[rank]}")
-    return [outcomes[rank][0] for rank in range(world_size)]
+    outcomes: dict[int, Any] = {}
+    deadline = time.monotonic() + 120
+    try:
+        while len(outcomes) < world_size:
+            try:
+                rank, outcome = queue.get(timeout=0.5)
+            except Empty:
+                if time.monotonic() > deadline or any(process.exitcode for process in ranks):
+                    codes = [process.exitcode for process in ranks]
+                    raise AssertionError(f"ranks died or hang, exit codes {codes}") from None
+                continue
+            if isinstance(outcome, str):
+                raise AssertionError(f"rank {rank} failed:\n{outcome}")
+            outcomes[rank] = outcome[0]
+        for process in ranks:
+            process.join(30)
+    finally:
+        for process in ranks:
+            process.terminate()
+    return [outcomes[rank] for rank in range(world_size)]
 
 
 def _rank(rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], arguments: Any) -> None:

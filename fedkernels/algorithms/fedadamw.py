@@ -40,17 +40,19 @@ class FedAdamW(Algorithm):
     def down(self) -> tuple[str, ...]:
         return ("x", "G") if self.second_moment == "none" else ("x", "G", "v_bar")
 
-    def _v_size(self, layout: Layout) -> int:
-        if self.second_moment in ("hessian", "tensor"):
-            return layout.curvature_blocks(self.second_moment).size
-        return layout.d if self.second_moment == "full" else 0
-
     def up(self, layout: Layout) -> dict[str, Wire]:
-        delta = {"delta": Wire()}
-        return delta if self.second_moment == "none" else {**delta, "v": Wire(self._v_size(layout))}
+        wires = {"delta": Wire()}
+        if self.second_moment == "full":
+            wires["v"] = Wire()
+        elif self.second_moment != "none":
+            wires["v"] = Wire(layout.curvature_blocks(self.second_moment).size)
+        return wires
 
     def init(self, x: Tensor, layout: Layout) -> dict[str, Tensor]:
-        return {"x": x.clone(), "G": torch.zeros_like(x), "v_bar": x.new_zeros(self._v_size(layout))}
+        state = {"x": x.clone(), "G": torch.zeros_like(x)}
+        if self.second_moment != "none":
+            state["v_bar"] = x.new_zeros(self.up(layout)["v"].size(layout))
+        return state
 
     def client(self, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
         adamw = AdamW(beta1=self.beta1, beta2=self.beta2, eps=self.eps, weight_decay=self.weight_decay)

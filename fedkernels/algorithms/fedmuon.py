@@ -53,7 +53,8 @@ class FedMuon(Algorithm):
         return {**delta, "M": Wire("matrices")} if self.share_momentum else delta
 
     def init(self, x: Tensor, layout: Layout) -> dict[str, Tensor]:
-        return {"x": x.clone(), "G": torch.zeros_like(x), "M_bar": torch.zeros_like(layout.matrices(x))}
+        state = {"x": x.clone(), "G": torch.zeros_like(x)}
+        return {**state, "M_bar": torch.zeros_like(layout.matrices(x))} if self.share_momentum else state
 
     def client(self, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
         muon = Muon(momentum=self.beta, weight_decay=self.weight_decay, lr_multiplier=self.lr_multiplier)

@@ -1,0 +1,274 @@
+"""What holds for every algorithm of the table: any ranks, any batching, closed-form bytes, and the engine's checks.
+
+A new algorithm joins by itself with its defaults; it needs its closed forms in `CASES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import BLOCKS, CASES, COHORT, ROUNDS, RUNS, WORK, Case, Result, poison, run, run_everything, state
+from support import CLIENTS, on_ranks, tiny_engine
+from torch import Tensor
+
+from fedkernels.algorithms import ALGORITHMS
+from fedkernels.contract import Algorithm, Round, Task, Vectors
+from fedkernels.federated import engine as engine_module
+from fedkernels.federated.collectives import Collectives
+from fedkernels.federated.engine import Engine, NonFiniteUpdateError
+from fedkernels.federated.schedule import assign_blocks, place, sample_cohort
+
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def test_every_algorithm_is_here() -> None:
+    assert {case.algorithm for case in CASES.values()} == set(ALGORITHMS)
+
+
+Results = dict[str, dict[str, Result]]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Results:
+    return run_everything(Collectives())
+
+
+def merged(states: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Server vectors, equal on all ranks to the last bit, and the client state that lies on exactly one of them."""
+    out: dict[str, np.ndarray] = {}
+    for found in states:
+        for key, value in found.items():
+            if key in out:
+                assert not key.startswith("client"), f"{key} is on two ranks"
+                assert np.array_equal(value, out[key]), f"{key} differs between ranks"
+            out[key] = value
+    return out
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_change_nothing(world_size: int, alone: Results) -> None:
+    ranks = on_ranks(world_size, run_everything)
+    for name in CASES:
+        for kind in RUNS:
+            found, expected = merged([rank[name][kind]["state"] for rank in ranks]), alone[name][kind]["state"]
+            assert found.keys() == expected.keys(), name
+            for key, value in expected.items():
+                tolerance = 0 if kind == "float32" else 1e-12
+                np.testing.assert_allclose(
+                    found[key], value, rtol=tolerance, atol=tolerance, err_msg=f"{name} {kind} {key}"
+                )
+            same = ("round", "lr", "cohort", "dropped", "protocol_up_bytes", "protocol_down_bytes")
+            expected_rows = alone[name][kind]["rows"]
+            for rows in (rank[name][kind]["rows"] for rank in ranks):
+                assert [[row[key] for key in same] for row in rows] == [
+                    [row[key] for key in same] for row in expected_rows
+                ]
+                np.testing.assert_allclose(
+                    [row["train_loss"] for row in rows],
+                    [row["train_loss"] for row in expected_rows],
+                    rtol=1e-6 if kind == "float32" else 1e-12,
+                )
+        for rank in ranks:
+            rows = rank[name]["float64"]["rows"]
+            assert [row["link_bytes"] for row in rows] == link_bytes(CASES[name], world_size, len(rows)), name
+
+
+def link_bytes(case: Case, world_size: int, rounds: int) -> list[int]:
+    """Client state that moves, one all-reduce of the bucket, and of blocks a reduction at an owner and a broadcast."""
+    engine = tiny_engine(case.build(), work=WORK)
+    float64_bytes = 8  # of parameters and of sums
+    owners: dict[int, int] = {}
+    expected = []
+    for r in range(rounds):
+        ids = sample_cohort("uniform", 0, r, CLIENTS, COHORT).tolist()
+        placed = place(ids, engine.batches.steps(ids).tolist(), owners, [1.0] * world_size)
+        now = {ids[p]: rank for rank, positions in enumerate(placed) for p in positions}
+        moved = sum(owners.get(i, rank) != rank for i, rank in now.items()) if case.kept else 0
+        owners |= now if case.kept else {}
+        bucket = 5 + 2 * world_size + 1 + int(case.up if case.whole is None else case.whole)
+        floats = moved * case.kept
+        if case.whole is not None:
+            bucket += BLOCKS
+            blocks = assign_blocks(0, r, COHORT, BLOCKS)
+            for b in range(BLOCKS):
+                held = engine.layout.block(b)
+                holders = sum(any(blocks[p] == b for p in positions) for positions in placed)
+                floats += (held.stop - held.start) * (holders - 1 + world_size - 1)
+        expected.append((floats + 2 * (world_size - 1) * bucket) * float64_bytes)
+    return expected
+
+
+def test_one_rank_moves_nothing(alone: Results) -> None:
+    assert {row["link_bytes"] for case in alone.values() for kind in case.values() for row in kind["rows"]} == {0}
+
+
+@every_case
+@pytest.mark.parametrize(("dtype", "itemsize"), [(torch.float64, 8), (torch.float32, 4)])
+def test_protocol_bytes(name: str, dtype: torch.dtype, itemsize: int) -> None:
+    case = CASES[name]
+    for row in run(case, dtype=dtype)["rows"]:
+        assert row["protocol_up_bytes"] == round(COHORT * case.up) * itemsize
+        assert row["protocol_down_bytes"] == COHORT * case.down * itemsize
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_clients_per_batch_change_nothing(name: str, dtype: torch.dtype) -> None:
+    options = {"dtype": dtype, "evaluator": "loop"}
+    alone = run(CASES[name], clients_per_batch=1, **options)["state"]
+    for together in (2, COHORT):
+        found = run(CASES[name], clients_per_batch=together, **options)["state"]
+        assert found.keys() == alone.keys()
+        assert [key for key in alone if not np.array_equal(found[key], alone[key])] == [], together
+
+
+@every_case
+def test_batched_gradients_change_nothing(name: str) -> None:
+    expected = run(CASES[name])["state"]
+    found = run(CASES[name], evaluator="batched", clients_per_batch=4)["state"]
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-12, atol=1e-12, err_msg=key)
+
+
+def test_some_clients_of_a_batch_are_masked() -> None:
+    """The suite above compares something: clients trained together differ in their numbers of steps."""
+    engine = tiny_engine(CASES["fedavg"].build(), work=WORK)
+    for r in range(ROUNDS):
+        cohort = sample_cohort("uniform", 0, r, CLIENTS, COHORT)
+        assert len(set(engine.batches.steps(cohort).tolist())) > 1
+
+
+@every_case
+def test_an_empty_cohort_changes_nothing(name: str) -> None:
+    engine = tiny_engine(CASES[name].build(), work=WORK, rounds=8, sampling="poisson", cohort=1)
+    sizes = [len(sample_cohort("poisson", 0, r, CLIENTS, 1)) for r in range(8)]
+    assert 0 in sizes
+    assert max(sizes) > 1
+    for r, size in enumerate(sizes):
+        before = state(engine)
+        row = engine.run_round()
+        assert (row["round"], row["cohort"], row["train_loss"] is None) == (r + 1, size, size == 0)
+        after = state(engine)
+        assert np.array_equal(before["x"], after["x"]) == (size == 0)
+        if size == 0:
+            assert row["protocol_up_bytes"] == row["protocol_down_bytes"] == 0
+            assert all(np.array_equal(before[key], after[key]) for key in before)
+        assert all(np.isfinite(value).all() for value in after.values())
+
+
+Client = Callable[[Algorithm, Vectors, Vectors, Task], dict[str, Tensor]]
+
+
+def with_client(case: Case, monkeypatch: pytest.MonkeyPatch, change: Callable[[Client], Client]) -> Engine:
+    """An engine whose algorithm has its `client` changed."""
+    algorithm = case.build()
+    monkeypatch.setattr(type(algorithm), "client", change(type(algorithm).client))
+    return tiny_engine(algorithm)
+
+
+@every_case
+def test_writing_to_a_server_vector_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for vector in CASES[name].build().down:
+
+        def change(client: Client, vector: str = vector) -> Client:
+            def writes(self: Algorithm, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
+                s[vector][:1].mul_(2)
+                return client(self, s, k, task)
+
+            return writes
+
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=f"wrote to {vector} in place"):
+            with_client(CASES[name], patch, change).run_round()
+
+
+@every_case
+def test_assigning_a_server_vector_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(client: Client) -> Client:
+        def assigns(self: Algorithm, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
+            s.x = s.x + 1
+            return client(self, s, k, task)
+
+        return assigns
+
+    with pytest.raises(AttributeError, match="the down wires is read-only: 'x' was assigned"):
+        with_client(CASES[name], monkeypatch, change).run_round()
+
+
+@every_case
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda up: up | {"extra": next(iter(up.values()))},
+        lambda up: dict(list(up.items())[1:]),
+        lambda up: {wire: value[:, 1:] for wire, value in up.items()},
+        lambda up: {wire: value[0] for wire, value in up.items()},
+    ],
+    ids=["undeclared", "missing", "short", "no client axis"],
+)
+def test_other_wires_than_declared_raise(name: str, spoil: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(client: Client) -> Client:
+        return lambda self, s, k, task: spoil(client(self, s, k, task))
+
+    with pytest.raises(RuntimeError, match="must return exactly its up wires"):
+        with_client(CASES[name], monkeypatch, change).run_round()
+
+
+@every_case
+def test_undeclared_server_state_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = CASES[name].build()
+    server = type(algorithm).server
+
+    def changed(self: Algorithm, s: Vectors, agg: Vectors, r: Round) -> dict[str, Tensor]:
+        return server(self, s, agg, r) | {"surprise": s.x}
+
+    monkeypatch.setattr(type(algorithm), "server", changed)
+    with pytest.raises(RuntimeError, match=r"surprise.*init did not declare"):
+        tiny_engine(algorithm).run_round()
+
+
+@every_case
+@pytest.mark.parametrize("together", [1, COHORT])
+def test_a_non_finite_update_names_client_and_round(name: str, together: int) -> None:
+    engine = tiny_engine(CASES[name].build(), clients_per_batch=together)
+    client = int(sample_cohort("uniform", 0, 1, CLIENTS, COHORT)[2])
+    poison(engine, {1: {client}})
+    engine.run_round()
+    before = {key: value.clone() for key, value in engine.server.items()}
+    with pytest.raises(NonFiniteUpdateError, match=f"^client {client} sent NaN or infinity in round 2$"):
+        engine.run_round()
+    assert all(torch.equal(before[key], value) for key, value in engine.server.items())
+
+
+@every_case
+@pytest.mark.parametrize("together", [1, COHORT])
+def test_a_dropped_client_was_never_there(name: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Client 9 drops out in every round where it is drawn."""
+    case, rounds = CASES[name], 4
+    absent = {r: {9} for r in range(rounds)}
+    dropped = run(case, stop=rounds, poisoned=absent, on_nonfinite="drop_client", clients_per_batch=together)
+    drawn = [9 in sample_cohort("uniform", 0, r, CLIENTS, COHORT) for r in range(rounds)]
+    assert [row["dropped"] for row in dropped["rows"]] == [int(there) for there in drawn]
+    assert set(drawn) == {True, False}
+
+    def without_9(sampling: Any, seed: int, r: int, population: int, cohort: int) -> np.ndarray:
+        ids = sample_cohort(sampling, seed, r, population, cohort)
+        return ids[ids != 9]
+
+    def blocks_without_9(seed: int, r: int, cohort: int, n_blocks: int) -> np.ndarray:
+        ids = sample_cohort("uniform", seed, r, CLIENTS, COHORT)
+        return assign_blocks(seed, r, COHORT, n_blocks)[ids != 9]
+
+    monkeypatch.setattr(engine_module, "sample_cohort", without_9)
+    monkeypatch.setattr(engine_module, "assign_blocks", blocks_without_9)
+    expected = run(case, stop=rounds)
+    assert dropped["state"].keys() == expected["state"].keys()
+    for key, value in expected["state"].items():
+        assert np.array_equal(dropped["state"][key], value), key
+    for one, other in zip(dropped["rows"], expected["rows"], strict=True):
+        assert one["cohort"] == other["cohort"]
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-12)

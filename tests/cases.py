@@ -1,0 +1,106 @@
+"""Every algorithm of the table on the tiny federation, with what it costs; importable by ranks in other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from support import run_rounds, tiny_engine
+
+from fedkernels.algorithms import ALGORITHMS
+from fedkernels.contract import Algorithm, Batch
+from fedkernels.federated.batches import LocalWork
+from fedkernels.federated.collectives import Collectives
+from fedkernels.federated.engine import Engine
+
+Result = dict[str, Any]
+
+# The tiny model: 332 parameters, 256 of them in three hidden matrices, 36 in the head; its curvature blocks are 24 rows
+# of matrices, 4 of the head, 2 norms and 28 biases.
+D, D_MATRIX, D_HEAD, B = 332, 256, 36, 58
+COHORT, ROUNDS, BLOCKS = 6, 3, 3
+WORK = LocalWork(8, local_steps=3, local_epochs=2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An algorithm of the table with options, and what it costs in floats.
+
+    Args:
+        up, down: floats of one client, on average over the cohort where clients send blocks.
+        whole: floats of the wires that are not cut into blocks; None where that is all of `up`.
+        kept: floats of state that stays with a client.
+    """
+
+    algorithm: str
+    up: float
+    down: int
+    options: dict[str, Any] = field(default_factory=dict)
+    whole: int | None = None
+    kept: int = 0
+
+    def build(self) -> Algorithm:
+        return ALGORITHMS[self.algorithm](**self.options)
+
+
+CASES = {
+    "fedavg": Case("fedavg", D, D),
+    "fedavg-all": Case("fedavg", D, D, {"prox_mu": 0.3, "server_momentum": 0.9, "server_lr": 0.5}),
+    "scaffold": Case("scaffold", 2 * D, 2 * D, kept=D),
+    "local_adamw": Case("local_adamw", D, D),
+    "local_muon": Case("local_muon", D, D),
+    "fedadamw": Case("fedadamw", D + B, 2 * D + B),
+    "fedadamw-tensor": Case("fedadamw", D + 10, 2 * D + 10, {"second_moment": "tensor"}),
+    "fedadamw-full": Case("fedadamw", 2 * D, 3 * D, {"second_moment": "full"}),
+    "fedadamw-none": Case("fedadamw", D, 2 * D, {"second_moment": "none"}),
+    "fedmuon": Case("fedmuon", D + D_MATRIX, 2 * D + D_MATRIX),
+    "fedmuon-unshared": Case("fedmuon", D, 2 * D, {"share_momentum": False}),
+    "fedbcgd": Case("fedbcgd", (D - D_HEAD) / BLOCKS + D_HEAD, D, {"blocks": BLOCKS}, whole=D_HEAD),
+}
+
+
+def state(engine: Engine) -> dict[str, np.ndarray]:
+    """Server vectors, and the state kept at clients of this rank, as numpy."""
+    kept = {f"client {i} {n}": v[0] for i in engine.store.ids for n, v in engine.store.get([i]).items()}
+    return {name: value.detach().clone().numpy() for name, value in ({**engine.server} | kept).items()}
+
+
+def run(case: Case, *, stop: int = ROUNDS, poisoned: dict[int, set[int]] | None = None, **options: Any) -> Result:
+    """Final state and metrics after `stop` rounds; `poisoned` maps rounds to the clients whose samples are NaN then."""
+    engine = tiny_engine(case.build(), **({"rounds": 10, "clip_norm": 0.5, "work": WORK} | options))
+    if poisoned:
+        poison(engine, poisoned)
+    _, rows = run_rounds(engine, stop)
+    return {"state": state(engine), "rows": rows}
+
+
+def poison(engine: Engine, poisoned: dict[int, set[int]]) -> None:
+    draw = engine.batches.draw
+
+    def poisoned_draw(clients: Sequence[int], r: int) -> Iterator[Batch]:
+        for batch in draw(clients, r):
+            inputs = batch.inputs.clone()
+            inputs[[client in poisoned.get(r, ()) for client in clients]] = torch.nan
+            yield replace(batch, inputs=inputs)
+
+    engine.batches.draw = poisoned_draw  # type: ignore[method-assign]
+
+
+# Client 9 drops out the first time it is drawn, and trains later.
+DROPS: dict[str, Any] = {"stop": 5, "poisoned": {1: {9}}, "on_nonfinite": "drop_client"}
+RUNS: dict[str, dict[str, Any]] = {
+    "float64": {},
+    "float32": {"dtype": torch.float32},
+    "poisson": {"stop": 4, "sampling": "poisson", "cohort": 4},
+    "drops": DROPS,
+}
+
+
+def run_everything(collectives: Collectives) -> dict[str, dict[str, Result]]:
+    return {
+        name: {kind: run(case, **options, collectives=collectives) for kind, options in RUNS.items()}
+        for name, case in CASES.items()
+    }

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -18,58 +18,20 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bar
+
+from .formats import format_bytes, format_loss, format_rate, format_seconds, format_share
 
 METRICS_FILE = "metrics.jsonl"
-ENVIRONMENT_FILE = "environment.json"
-
-
-def format_bytes(n_bytes: float) -> str:
-    """Bytes in decimal units.
-
-    Example:
-        >>> format_bytes(1_234_567)
-        '1.2 MB'
-    """
-    if abs(n_bytes) < 999.5:
-        return f"{n_bytes:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        n_bytes /= 1000
-        if abs(n_bytes) < 999.95:
-            return f"{n_bytes:.1f} {unit}"
-    return f"{n_bytes / 1000:.1f} TB"
-
-
-def format_seconds(time_s: float) -> str:
-    """A duration as a clock shows it; tenths where a clock would show next to nothing.
-
-    Example:
-        >>> format_seconds(4.21), format_seconds(41), format_seconds(3723)
-        ('4.2 s', '0:41', '1:02:03')
-    """
-    if time_s < 9.95:
-        return f"{time_s:.1f} s"
-    minutes, seconds = divmod(round(time_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24} d {hours % 24:02}:{minutes:02}"
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def format_rate(per_s: float) -> str:
-    """Two figures for slow rates, whole numbers for fast ones."""
-    return f"{per_s:.0f}" if per_s >= 10 else f"{per_s:.2g}"
-
-
-def format_loss(loss: float) -> str:
-    """Four decimals, or powers of ten for a loss that has exploded; at most seven characters while positive."""
-    return f"{loss:.4f}" if abs(loss) < 99.99995 else f"{loss:.2g}"
 
 
 class MetricsWriter:
     """Appends one strict-JSON line per round to `metrics.jsonl`, and the same scalars to TensorBoard.
 
-    The folder also gets `environment.json`. Only one rank of a job may own a writer. In a folder that holds an earlier
-    attempt, call `truncate_after` before the first `write`.
+    Only one rank of a job may own a writer. In a folder that holds an earlier attempt, call `truncate_after` before the
+    first `write`.
 
     Args:
         run_dir: the run folder, made where it is missing.
@@ -86,7 +48,6 @@ class MetricsWriter:
         self._summary: Any = None
         self._purge_step: int | None = None
         self._fd = self._open()
-        (self.path.parent / ENVIRONMENT_FILE).write_text(json.dumps(environment(), indent=2) + "\n")
 
     def _open(self) -> int:
         return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -140,26 +101,26 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: the folder is not a run.
-        ValueError: a line other than the last is not a JSON object with a round.
+        ValueError: a line is not a JSON object with a round.
     """
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         if (path.parent / "config.yaml").is_file():
             return []
         raise FileNotFoundError(f"{run_dir} is not a run folder: it has neither {METRICS_FILE} nor config.yaml")
-    rows = []
-    lines = path.read_bytes().splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line, parse_constant=lambda _: None)
-            if not isinstance(row["round"], int):
-                raise ValueError(f"round {row['round']!r} is not an integer")
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: not a metrics row, got {line[:80]!r}") from error
-        rows.append(row)
-    return rows
+    # A row is whole once its newline is there.
+    *lines, _torn = path.read_bytes().split(b"\n")
+    return [_read_row(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _read_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line, parse_constant=lambda _: None)
+    except ValueError:
+        row = None
+    if isinstance(row, dict) and isinstance(row.get("round"), int):
+        return row
+    raise ValueError(f"{path}, line {number}: not a metrics row, got {line[:80]!r}")
 
 
 class Progress:
@@ -171,30 +132,33 @@ class Progress:
         total_rounds: the round the run ends with.
         first_round: rounds already done, on a resume.
         file: where to write; standard output when None.
+        clock: seconds from any origin.
 
     Example:
-        >>> with Progress(100) as progress:
-        ...     progress.update({"round": 1, "train_loss": 2.3, "test_accuracy": 0.1, "clients_per_s": 83})
-        round   1/100  loss  2.3000  acc  10.0%     83 clients/s  up        -  ETA 0:11
+        >>> with Progress(100, clock=iter([0.0, 0.5]).__next__) as progress:
+        ...     progress.update({"round": 1, "train_loss": 2.3, "test_accuracy": 0.1, "clients_per_s": 20})
+        round   1/100  loss  2.3000  acc  10.0%     20 clients/s  up        -  ETA 0:50
     """
 
-    def __init__(self, total_rounds: int, *, first_round: int = 0, file: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        total_rounds: int,
+        *,
+        first_round: int = 0,
+        file: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.total_rounds = total_rounds
         self._file = file or sys.stdout
-        self._started = (first_round, time.monotonic())
+        self._clock = clock
+        self._started = (first_round, clock())
         self._first_update: tuple[int, float] | None = None
         self._shown_s = -math.inf
         self._accuracy: float | None = None
-        self._pending: str | None = None
-        self._bar: Any = None
-        if self._file.isatty():
-            self._bar = self._start_bar(first_round)
+        self._held_back: str | None = None
+        self._bar = self._start_bar(first_round) if self._file.isatty() else None
 
-    def _start_bar(self, first_round: int) -> Any:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as Bar
-
+    def _start_bar(self, first_round: int) -> Bar:
         columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.fields[tail]}", markup=False))
         # No refresh thread: it would live on in forked data loaders, and a round is the finest news there is.
         bar = Bar(*columns, console=Console(file=self._file), auto_refresh=False, expand=True)
@@ -205,43 +169,42 @@ class Progress:
     def _head(self, round: int) -> str:
         return f"round {round:>{len(str(self.total_rounds))}}/{self.total_rounds}"
 
-    def _eta_s(self, round: int, now_s: float) -> float:
+    def _remaining(self, round: int, now_s: float) -> str:
+        if round >= self.total_rounds:
+            return f"took {format_seconds(now_s - self._started[1])}"
         # The first round pays for compilation and warm-up, so it counts only while there is no other.
-        since = self._first_update if self._first_update and self._first_update[0] < round else self._started
-        return (now_s - since[1]) / max(1, round - since[0]) * max(0, self.total_rounds - round)
+        since_round, since_s = self._first_update or self._started
+        return f"ETA {format_seconds((now_s - since_s) / (round - since_round) * (self.total_rounds - round))}"
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Show the row of one round."""
-        round, now_s = row["round"], time.monotonic()
-        evaluated = _finite(row.get("test_accuracy"))
-        if evaluated is not None:
-            self._accuracy = evaluated
-        eta = f"ETA {format_seconds(self._eta_s(round, now_s))}"
+        round, now_s = row["round"], self._clock()
+        remaining = self._remaining(round, now_s)
         self._first_update = self._first_update or (round, now_s)
-        loss, rate, up_bytes = (_finite(row.get(key)) for key in ("train_loss", "clients_per_s", "protocol_up_bytes"))
-        shown_accuracy = evaluated if self._bar is None else self._accuracy
+        evaluated = row.get("test_accuracy")
+        # The live line keeps the newest accuracy in view, a plain line tells of its own round.
+        self._accuracy = self._accuracy if evaluated is None and self._bar else evaluated
         numbers = (
-            f"loss {'-' if loss is None else format_loss(loss):>7}  "
-            f"acc {'-' if shown_accuracy is None else f'{shown_accuracy:.1%}':>6}  "
-            f"{'-' if rate is None else format_rate(rate):>5} clients/s"
+            f"loss {_text(row.get('train_loss'), format_loss):>7}  acc {_text(self._accuracy, format_share):>6}  "
+            f"{_text(row.get('clients_per_s'), format_rate):>5} clients/s"
         )
         last = round >= self.total_rounds
         if self._bar is not None:
-            self._bar.update(0, completed=round, description=self._head(round), tail=f"{numbers}  {eta}")
+            self._bar.update(TaskID(0), completed=round, description=self._head(round), tail=f"{numbers}  {remaining}")
             if last or now_s - self._shown_s >= 0.1:
                 self._bar.refresh()
                 self._shown_s = now_s
             return
-        up = "-" if up_bytes is None else format_bytes(up_bytes)
-        self._pending = f"{self._head(round)}  {numbers}  up {up:>8}  {eta}"
+        up = _text(row.get("protocol_up_bytes"), format_bytes)
+        self._held_back = f"{self._head(round)}  {numbers}  up {up:>8}  {remaining}"
         if last or evaluated is not None or now_s - self._shown_s >= 2:
-            self._print_pending()
+            self._print_held_back()
             self._shown_s = now_s
 
-    def _print_pending(self) -> None:
-        if self._pending is not None:
-            print(self._pending, file=self._file, flush=True)
-            self._pending = None
+    def _print_held_back(self) -> None:
+        if self._held_back is not None:
+            print(self._held_back, file=self._file, flush=True)
+            self._held_back = None
 
     def note(self, text: str) -> None:
         """Print a line of text above the live line."""
@@ -254,7 +217,7 @@ class Progress:
         """Show the last round if it was held back, and leave the terminal as it was; a second call does nothing."""
         if self._bar is not None:
             self._bar.stop()
-        self._print_pending()
+        self._print_held_back()
 
     def __enter__(self) -> Progress:
         return self
@@ -289,8 +252,8 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _finite(value: Any) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
+def _text(value: float | None, form: Callable[[float], str]) -> str:
+    return form(value) if value is not None and math.isfinite(value) else "-"
 
 
 def _strict(value: Any) -> Any:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap, to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import StepPatch
+from matplotlib.ticker import MaxNLocator
 
-from .partition import Ints, Partition
+from .partition import Partition
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+MAX_NAMED_CLASSES = 20
 _MAX_BARS = 100
-_MAX_LEGEND = 20
 
 
 def partition_summary(partition: Partition, labels: np.ndarray, classes: int) -> dict[str, float]:
@@ -45,6 +47,34 @@ def partition_summary(partition: Partition, labels: np.ndarray, classes: int) ->
     }
 
 
+def class_colors(classes: int) -> list[str]:
+    """A colour per class: distinct up to twenty, a ramp beyond."""
+    if classes <= MAX_NAMED_CLASSES:
+        return [to_hex(color) for color in colormaps["tab10" if classes <= 10 else "tab20"](np.arange(classes))]
+    return [to_hex(color) for color in colormaps["turbo"](np.linspace(0.05, 0.95, classes))]
+
+
+def draw_clients(axes: Axes, counts: np.ndarray, background: str) -> None:
+    """One bar per client, stacked by class.
+
+    Args:
+        counts: int `[clients, classes]`, samples.
+        background: the colour of the gaps between bars.
+    """
+    clients, classes = counts.shape
+    edges, tops = np.arange(clients + 1) - 0.5, np.cumsum(counts, axis=1)
+    height = max(1, tops[:, -1].max()) * 1.05
+    # One outline per class is far fewer artists than one bar per client and class; gaps are drawn over it.
+    for c, color in enumerate(class_colors(classes)):
+        low, high = tops[:, c] - counts[:, c], tops[:, c]
+        axes.add_artist(StepPatch(high, edges, baseline=low, fill=True, color=color, linewidth=0, label=str(c)))
+    axes.vlines(edges[1:-1], 0, height, color=background, linewidth=min(6.0, 80 / clients))
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, height)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
 def partition_figure(partition: Partition, labels: np.ndarray, classes: int, title: str = "") -> Figure:
     """Bars of every client's samples stacked by class, beside the histogram of client sizes.
 
@@ -56,39 +86,21 @@ def partition_figure(partition: Partition, labels: np.ndarray, classes: int, tit
     Returns:
         A figure without a window: `figure.savefig("partition.png")`.
     """
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import BoundaryNorm, ListedColormap
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     sizes, shown = partition.sizes, np.arange(len(partition))
     if len(partition) > _MAX_BARS:
         ranks = np.linspace(0, len(partition) - 1, _MAX_BARS).round().astype(np.int64)
         shown = np.argsort(sizes, kind="stable")[ranks]
-    counts = _counts(partition, labels, classes, shown)
+    counts = np.stack([np.bincount(labels[partition[i]], minlength=classes) for i in shown.tolist()])
 
-    if classes <= _MAX_LEGEND:
-        colors = colormaps["tab10" if classes <= 10 else "tab20"](np.arange(classes))
-    else:
-        colors = colormaps["Spectral_r"](np.linspace(0, 1, classes))
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     bars, histogram = figure.subplots(1, 2, sharey=True, width_ratios=(5, 1))
-
-    edges, tops = np.arange(len(shown) + 1) - 0.5, np.cumsum(counts, axis=1)
-    for c in range(classes):
-        bars.stairs(tops[:, c], edges, baseline=tops[:, c] - counts[:, c], fill=True, color=colors[c], label=str(c))
-    # One outline per class is far fewer artists than one bar per client and class; white lines part the clients.
-    bars.vlines(edges[1:-1], 0, sizes.max() * 1.05, color="white", linewidth=min(6.0, 80 / len(shown)))
-    bars.set_xlim(edges[0], edges[-1])
-    bars.set_ylim(0, sizes.max() * 1.05)
+    draw_clients(bars, counts, background="white")
     bars.set_ylabel("samples")
     if len(partition) > _MAX_BARS:
         bars.set_xlabel(f"{_MAX_BARS} of {len(partition):,} clients, sorted by size")
         bars.set_xticks([])
     else:
         bars.set_xlabel("client")
-        bars.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     bin_width = -(-int(sizes.max()) // 24)
     bins = np.arange(0, sizes.max() + bin_width + 1, bin_width) - 0.5
@@ -96,27 +108,26 @@ def partition_figure(partition: Partition, labels: np.ndarray, classes: int, tit
     histogram.axhline(np.median(sizes), color="black", linewidth=1, linestyle="--")
     histogram.set_xlabel("clients")
     histogram.set_title("sizes (dashed: median)", fontsize="small")
-    bars.yaxis.set_major_locator(MaxNLocator(integer=True))
     histogram.xaxis.set_major_locator(MaxNLocator(2, integer=True))
     for axes in (bars, histogram):
         axes.spines[["top", "right"]].set_visible(False)
 
-    if classes <= _MAX_LEGEND:
-        handles, names = bars.get_legend_handles_labels()
+    if classes <= MAX_NAMED_CLASSES:
         figure.legend(
-            handles[::-1],
-            names[::-1],
+            *bars.get_legend_handles_labels(),
             title="class",
             loc="outside right center",
+            reverse=True,
             frameon=False,
             fontsize="small" if classes <= 10 else "x-small",
             handlelength=1,
         )
     else:
-        norm = BoundaryNorm(np.arange(classes + 1) - 0.5, classes)
+        scale = ScalarMappable(
+            BoundaryNorm(np.arange(classes + 1) - 0.5, classes), ListedColormap(class_colors(classes))
+        )
         ticks = np.linspace(0, classes - 1, 6).round()
-        scale = figure.colorbar(ScalarMappable(norm, ListedColormap(colors)), ax=histogram, label="class", ticks=ticks)
-        scale.minorticks_off()
+        figure.colorbar(scale, ax=histogram, label="class", ticks=ticks).minorticks_off()
     facts = partition_summary(partition, labels, classes)
     subtitle = (
         f"{len(partition):,} clients, {len(partition.indices):,} samples, sizes {facts['size_min']:,.0f} to "
@@ -124,8 +135,3 @@ def partition_figure(partition: Partition, labels: np.ndarray, classes: int, tit
     )
     bars.set_title(f"{title}\n{subtitle}" if title else subtitle, loc="left", fontsize="medium")
     return figure
-
-
-def _counts(partition: Partition, labels: np.ndarray, classes: int, shown: Ints) -> Ints:
-    """Samples per class of the clients shown, `[len(shown), classes]`."""
-    return np.stack([np.bincount(labels[partition[int(i)]], minlength=classes) for i in shown])

@@ -26,7 +26,7 @@ ALGORITHMS = ("fedavg", "scaffold", "local_adamw", "local_muon", "fedadamw", "fe
 TUNING_SEED = 1000
 GRIDS = {
     "sgd": (0.01, 0.03, 0.1, 0.3, 1.0),
-    "adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "muon": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
 }
 LAST_ROUNDS = 5

@@ -35,16 +35,13 @@ class MetricsWriter:
 
     Args:
         run_dir: the run folder, made where it is missing.
-        tensorboard: None writes TensorBoard events where the package is installed, True insists on it.
-
-    Raises:
-        ValueError: `tensorboard=True` without the package.
+        tensorboard: write TensorBoard events too, where the package is installed.
     """
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool | None) -> None:
+    def __init__(self, run_dir: Path, *, tensorboard: bool = True) -> None:
         self.path = Path(run_dir) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._summary_writer = _summary_writer_class(tensorboard)
+        self._summary_writer = _summary_writer_class() if tensorboard else None
         self._summary: Any = None
         self._purge_step: int | None = None
         self._fd = self._open()
@@ -273,14 +270,10 @@ def _line(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
-def _summary_writer_class(tensorboard: bool | None) -> Any:
-    if tensorboard is False:
-        return None
+def _summary_writer_class() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        if tensorboard:
-            raise ValueError("tensorboard: true, but the tensorboard package is not installed") from error
+    except ImportError:
         return None
     return SummaryWriter
 

@@ -302,8 +302,10 @@ class Engine:
             )
 
     def _finite_rows(self, up: Mapping[str, Tensor]) -> list[bool]:
-        # A sum is finite if and only if its terms are, short of an overflow that no sane update reaches.
-        totals = torch.stack([value.sum(1, dtype=torch.float64) for value in up.values()])
+        # A finite sum has finite terms. Another one may just have overflowed, which in float64 no sane update does.
+        totals = torch.stack([value.sum(1) for value in up.values()])
+        if not torch.isfinite(totals).all():
+            totals = torch.stack([value.sum(1, dtype=torch.float64) for value in up.values()])
         return torch.isfinite(totals).all(0).tolist()
 
     def _update_server(self, agg: Vectors, r: Round) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.func import functional_call, grad, vmap
 
 from fedkernels.layout import CurvatureBlocks, Layout
 from fedkernels.models import MODELS, Cnn, Cnn3x3, Gpt2, LeNet5, Mlp, ResNet18, Vit
+from fedkernels.models.attention import _attention
 
 # Flash attention on CPU has no batching rule: vmap falls back to a loop over clients and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -245,6 +247,22 @@ def test_text_classifier_matches_the_library_and_ignores_padding() -> None:
     x = torch.tensor([[3, 255, 7, 0, 0, 0], [9, 0, 4, 0, 0, 0], [1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 0]])
     torch.testing.assert_close(module(x), oracle(x).logits, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(module(x[:2, :3]), module(x[:2]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_bf16_attention_is_the_formula_up_to_rounding(causal: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 7, 8).bfloat16() for _ in range(3))
+    out, _ = _attention(SimpleNamespace(is_causal=causal), q, k, v, None, scaling=0.5)
+    scores = 0.5 * q.double() @ k.double().mT
+    if causal:
+        scores = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -math.inf)
+    expected = (scores.softmax(-1) @ v.double()).transpose(1, 2)
+    # Scores are rounded once, which scales weights by up to e^2δ; weights and outputs are rounded once each.
+    unit = 2.0**-9
+    bound = v.double().abs().max() * (math.expm1(2 * unit * float(scores[scores.isfinite()].abs().max())) + 3 * unit)
+    assert out.dtype == torch.bfloat16
+    assert (out.double() - expected).abs().max() <= bound
 
 
 def test_roles_say_what_every_parameter_is() -> None:

@@ -140,7 +140,7 @@ def test_an_interrupted_truncation_loses_nothing(tmp_path: Path, monkeypatch: py
 
 def test_tensorboard_shows_each_round_once_after_a_resume(tmp_path: Path) -> None:
     for attempt, (first, last) in enumerate([(1, 5), (3, 6)]):
-        writer = MetricsWriter(tmp_path, tensorboard=True)
+        writer = MetricsWriter(tmp_path)
         if attempt:
             writer.truncate_after(first - 1)
         for r in range(first, last):
@@ -156,14 +156,12 @@ def test_tensorboard_shows_each_round_once_after_a_resume(tmp_path: Path) -> Non
     assert accuracy == [(2, 0.25), (4, 0.5)]
 
 
-def test_tensorboard_may_be_missing_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    writer = MetricsWriter(tmp_path, tensorboard=None)
+    writer = MetricsWriter(tmp_path)
     writer.write({"round": 1, "train_loss": 1.0})
     writer.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-    with pytest.raises(ValueError, match="tensorboard package is not installed"):
-        MetricsWriter(tmp_path, tensorboard=True)
 
 
 class Terminal(io.StringIO):

@@ -1,8 +1,8 @@
 """Checkpoints: atomic, checksummed, written by all ranks, readable by any number of ranks.
 
-A checkpoint is a folder `round-000010` with `server.safetensors`, client state by rank and page, and `manifest.json`,
-which names every file with its SHA-256. It is written under another name, flushed, and renamed when complete: what
-bears the final name is whole, and a failure leaves the previous checkpoint as it was.
+A checkpoint is a folder `round-000010` with `server.safetensors`, client state by rank and page, `manifest.json`, which
+names every file with its SHA-256, and `manifest.sha256`. It is written under another name, flushed, and renamed when
+complete: what bears the final name is whole, and a failure leaves the previous checkpoint as it was.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from .federated.engine import Engine
 from .federated.evaluators import Choice
 
-MANIFEST = "manifest.json"
+MANIFEST, SEAL = "manifest.json", "manifest.sha256"
 
 
 class CheckpointError(RuntimeError):
@@ -81,13 +81,18 @@ def save(root: Path, engine: Engine, fingerprint: dict[str, Any], totals: dict[s
             "choice": asdict(engine.choice),
             "sha256": {name: digest for hashes in written for name, digest in hashes.items()},
         }
-        _write(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
-        if final.exists():  # a stop right after a periodic checkpoint of the same round
+        digest = _write(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _write(partial / SEAL, digest.encode())
+        _flush(partial)
+        if final.exists():  # damaged, or the run would not have come back to this round
             shutil.rmtree(final)
         os.replace(partial, final)
         _flush(root)
-        for old in _complete(root)[:-keep]:
-            shutil.rmtree(old)
+        complete = _complete(root)
+        newest = complete.index(final) + 1
+        # Those of later rounds are damaged too: a resume has passed them over.
+        for other in complete[: max(0, newest - keep)] + complete[newest:]:
+            shutil.rmtree(other)
 
     attempt(prepare)
     written = attempt(write)
@@ -146,15 +151,22 @@ def _find(root: Path) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
     notes = []
     for path in reversed(_complete(root)):
         try:
-            manifest = json.loads((path / MANIFEST).read_bytes())
+            content = _verified(path / MANIFEST, (path / SEAL).read_text())
+            manifest = json.loads(content)
             for name, digest in manifest["sha256"].items():
-                if hashlib.sha256((path / name).read_bytes()).hexdigest() != digest:
-                    raise ValueError(f"{name} does not match its checksum")
-        except (OSError, ValueError, KeyError) as error:
+                _verified(path / name, digest)
+        except (OSError, ValueError) as error:
             notes.append(f"checkpoint {path} is damaged ({error})")
             continue
         return manifest, path, notes
     return None, None, notes
+
+
+def _verified(path: Path, digest: str) -> bytes:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(f"{path.name} does not match its checksum")
+    return content
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:

@@ -7,7 +7,10 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
+
+import torch.distributed as dist
 
 from .checkpoint import CheckpointError
 from .config import CHOICES, Config, ConfigError, describe, load, parse_overrides
@@ -31,13 +34,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return 130
+    finally:
+        if dist.is_initialized():
+            # gloo's threads abort the process if they are still there when the interpreter exits.
+            dist.destroy_process_group()
 
 
 def _fail(error: Exception, status: int) -> int:
-    # All ranks fail alike on bad input; one of them speaks.
-    if os.environ.get("RANK", "0") == "0" or not isinstance(error, (ConfigError, FileNotFoundError)):
-        print(f"fedkernels: error: {error}", file=sys.stderr, flush=True)
+    if _first_to_fail():
+        print(f"fedkernels: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return status
+
+
+def _first_to_fail() -> bool:
+    """Whether no other rank has reported an error: ranks mostly fail alike, and one message is enough."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=2))  # type: ignore[attr-defined]
+        return store.add(f"fedkernels/failures/{attempt}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):  # no other rank within reach
+        return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,15 +149,14 @@ def _partition(options: argparse.Namespace, rest: Sequence[str]) -> int:
     classes = int(labels.max()) + 1
     for name, value in partition_summary(partition, labels, classes).items():
         print(f"{name:<28} {value:g}")
-    partition_figure(partition, labels, classes, title=f"{options.config.stem}, {config.clients} clients").savefig(
-        options.out, dpi=150
-    )
+    partition_figure(partition, labels, classes, title=options.config.stem).savefig(options.out, dpi=150)
     print(f"picture: {options.out}")
     return 0
 
 
 def _report(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from .report import comparison_table, write_report
+    from .comparison import comparison_table
+    from .report import write_report
 
     print(comparison_table(options.runs))
     out = options.out or options.runs[0].resolve().parent / "report.html"

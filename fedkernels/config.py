@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -113,7 +115,7 @@ class Config:
     local_steps: Count | None = None
     local_epochs: Count | None = None
     batch_size: Count
-    lr: Positive
+    lr: Annotated[float, Field(gt=0, lt=math.inf)]
     schedule: LrSchedule = "cosine"
     sampling: Literal["uniform", "poisson"] = "uniform"
     weighting: Literal["uniform", "samples"] = "uniform"
@@ -129,7 +131,7 @@ class Config:
     eval_every: Count = 1
     checkpoint_every: Count = 10
     keep_checkpoints: Count = 2
-    store_memory_bytes: Annotated[float, Field(ge=0)] = 2.0**30
+    store_memory_bytes: Annotated[float, Field(ge=0, lt=math.inf)] = 2.0**30
 
     def __post_init__(self) -> None:
         if self.cohort > self.clients:
@@ -153,12 +155,13 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     if path is not None:
         try:
             tree = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid YAML: {error}") from None
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
-    for dotted, value in overrides.items():
-        _set(tree, dotted, value)
+    # A choice first, then the keys below it, in whatever order they were given.
+    for dotted in sorted(overrides, key=lambda dotted: dotted.count(".")):
+        _set(tree, dotted, copy.deepcopy(overrides[dotted]))
     made: Config = _make(Config, tree, "")
     return made
 
@@ -168,12 +171,12 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     rest = iter(arguments)
     for argument in rest:
-        if not argument.startswith("--"):
-            raise ConfigError(f"{argument!r}: expected --key value or --key=value")
         key, equals, text = argument[2:].partition("=")
+        if not argument.startswith("--") or not key:
+            raise ConfigError(f"{argument!r}: expected --key value or --key=value")
         if not equals:
-            following = next(rest, None)
-            if following is None:
+            following = next(rest, "--")
+            if following.startswith("--"):
                 raise ConfigError(f"--{key}: expected a value after it")
             text = following
         try:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ FREE_KEYS = {
     "on_nonfinite",
 }
 PARTITION_SHOWN = 200
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -110,34 +112,38 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
         NonFiniteUpdateError: a client sent NaN or infinity and the configuration says `error`.
     """
     collectives = join(pick_device(config.device))
-    engine, data, partition = build(config, collectives)
+    engine, data, partition = _agree(collectives, lambda: build(config, collectives))
     leader = collectives.rank == 0
-    _agree(collectives, lambda: _open_run(config, data, partition, resume) if leader else None)
     # Only the cosine schedule depends on how many rounds there will be; other runs may be prolonged.
     free = FREE_KEYS if config.schedule == "cosine" else FREE_KEYS | {"rounds"}
     fingerprint = {key: value for key, value in resolved(config).items() if key not in free}
     checkpoints = config.run_dir / "checkpoints"
     restored = checkpoint.restore(checkpoints, engine, fingerprint) if resume else None
+    _agree(collectives, lambda: _open_run(config, data, partition, resume) if leader else None)
     totals, notes = restored or ({"time_s": 0.0}, [])
     if resume and restored is None:
         notes = [f"no checkpoint in {checkpoints}: starting from round 1"]
     choice = engine.choice or engine.settle()
-    writer = MetricsWriter(config.run_dir, tensorboard=None) if leader else None
+    writer = MetricsWriter(config.run_dir) if leader else None
     progress = Progress(config.rounds, first_round=engine.round) if leader else None
     stopped_by = None
-    try:
-        if writer is not None and progress is not None:
-            if resume:
-                writer.truncate_after(engine.round)
-                notes.append(f"resumed after round {engine.round} of {config.rounds}")
-            for note in notes:
-                progress.note(note)
-            device, ranks = engine.objective.device, collectives.world_size
-            progress.note(f"{ranks} rank{'s' * (ranks > 1)} on {device.type}, {engine.layout.d:,} parameters")
-            progress.note(f"evaluator {choice.evaluator}, {choice.clients_per_batch} client(s) at once: {choice.why}")
-        with _signals(engine) as received:
+    with _signals() as received:
+        try:
+            if writer is not None and progress is not None:
+                if resume:
+                    writer.truncate_after(engine.round)
+                    notes.append(f"resumed after round {engine.round} of {config.rounds}")
+                for note in notes:
+                    progress.note(note)
+                device, ranks = engine.objective.device, collectives.world_size
+                progress.note(f"{ranks} rank{'s' * (ranks > 1)} on {device.type}, {engine.layout.d:,} parameters")
+                progress.note(
+                    f"evaluator {choice.evaluator}, {choice.clients_per_batch} client(s) at once: {choice.why}"
+                )
             while engine.round < config.rounds:
                 start = time.perf_counter()
+                # The round makes it true on all ranks or on none.
+                engine.stop_requested = bool(received)
                 row = engine.run_round()
                 last = engine.round == config.rounds
                 due = engine.round % config.eval_every == 0 or last
@@ -150,20 +156,17 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
                 if engine.round % config.checkpoint_every == 0 or last or engine.stop_requested:
                     checkpoint.save(checkpoints, engine, fingerprint, totals, config.keep_checkpoints)
                 if engine.stop_requested and not last:
-                    stopped_by = received[0] if received else signal.SIGTERM
+                    stopped_by = next(number for numbers in collectives.gather(received) for number in numbers)
                     if progress is not None:
                         name = signal.Signals(stopped_by).name
                         progress.note(f"stopped by {name} after round {engine.round}; continue with --resume")
                     break
-    finally:
-        if writer is not None and progress is not None:
-            progress.close()
-            writer.close()
-    if leader:
-        _save_model(config, data, engine)
-        from .report import write_report  # matplotlib is only needed once, on one rank, at the end
-
-        write_report([config.run_dir], config.run_dir / "report.html")
+        finally:
+            if writer is not None and progress is not None:
+                progress.close()
+                writer.close()
+        # Nobody leaves before the leader is done: launchers end all ranks when one exits as stopped.
+        _agree(collectives, lambda: _finish(config, data, engine) if leader else None)
     return Outcome(config.run_dir, engine.round, stopped_by)
 
 
@@ -183,15 +186,20 @@ def load_model(run_dir: Path) -> nn.Module:
 def _open_run(config: Config, data: Dataset, partition: Partition, resume: bool) -> None:
     """Create the run folder and what describes the run before its first round."""
     run_dir = config.run_dir
-    if not resume and any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints")):
-        raise ConfigError(f"run_dir: {run_dir} already holds a run; continue it with --resume or choose another name")
+    files = {
+        "config.yaml": yaml.safe_dump(resolved(config), sort_keys=False),
+        "environment.json": json.dumps(environment(), indent=1),
+        "partition.json": json.dumps(_partition_facts(data, partition)),
+    }
     try:
+        if not resume and any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints")):
+            raise ConfigError(
+                f"run_dir: {run_dir} already holds a run; continue it with --resume or choose another name"
+            )
         run_dir.mkdir(parents=True, exist_ok=True)
-        if resume and (run_dir / "config.yaml").exists():
-            return
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
-        (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1))
-        (run_dir / "partition.json").write_text(json.dumps(_partition_facts(data, partition)))
+        for name, text in files.items():
+            (run_dir / f".{name}").write_text(text)
+            os.replace(run_dir / f".{name}", run_dir / name)
     except OSError as error:
         raise ConfigError(f"run_dir: cannot write to {run_dir}: {error}") from None
 
@@ -209,37 +217,42 @@ def _partition_facts(data: Dataset, partition: Partition) -> dict[str, Any]:
     }
 
 
-def _save_model(config: Config, data: Dataset, engine: Engine) -> None:
+def _finish(config: Config, data: Dataset, engine: Engine) -> None:
+    """Write the model and the report."""
     tensors = {name: value.detach().cpu().clone() for name, value in engine.named_parameters().items()}
     temporary = config.run_dir / ".model.safetensors"
     save_file(tensors, temporary)
     os.replace(temporary, config.run_dir / "model.safetensors")
     facts = {"kind": data.kind, "input_shape": data.input_shape, "classes": data.classes, "rounds": engine.round}
     (config.run_dir / "model.json").write_text(json.dumps({**facts, "model": resolved(config.model)}, indent=1))
+    from .report import write_report  # matplotlib is only needed once, on one rank, at the end
+
+    write_report([config.run_dir], config.run_dir / "report.html")
 
 
-def _agree(collectives: Collectives, step: Callable[[], None]) -> None:
+def _agree(collectives: Collectives, step: Callable[[], T]) -> T:
     """Run a step; if it fails on one rank, every rank raises the same error."""
+    outcome: Any = None
+    failure = None
     try:
-        step()
-        failure = None
-    except ConfigError as error:
+        outcome = step()
+    except (ValueError, OSError) as error:
         failure = error
     for other in collectives.gather(failure):
         if other is not None:
             raise other
+    return outcome
 
 
 @contextmanager
-def _signals(engine: Engine) -> Iterator[list[int]]:
-    """Ask for a stop at the next round boundary on SIGTERM, SIGINT and SIGUSR1; a second SIGINT interrupts at once."""
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM, SIGINT and SIGUSR1, which ask for a stop; a second SIGINT interrupts at once."""
     received: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
-        engine.stop_requested = True
 
     if threading.current_thread() is not threading.main_thread():
         yield received

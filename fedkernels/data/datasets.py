@@ -101,6 +101,8 @@ class Synthetic:
         for name in ("classes", "samples", "test_samples", "channels", "size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed = {self.seed}: expected a non-negative integer")
         rng = np.random.Generator(np.random.Philox(self.seed))
         # Patterns four times coarser than the image survive crops, pooling and patching.
         coarse = -(-self.size // 4)

@@ -1,0 +1,290 @@
+"""Configurations: what is accepted, what is refused and in which words, overrides, and the way back to YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cli.small_runs import CONFIG
+
+from fedkernels.algorithms.fedmuon import FedMuon
+from fedkernels.config import CHOICES, Config, ConfigError, describe, load, parse_overrides, resolved
+from fedkernels.data import PARTITIONS
+from fedkernels.models.vision import Mlp
+from fedkernels.optim import AdamW, Sgd
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+BASE = CONFIG | {"run_dir": "runs/small"}
+# The key of a configuration where the names of each table go.
+WHERE = dict(zip(("algorithm", "algorithm.local", "model", "data", "partition"), CHOICES.values(), strict=True))
+NAMES = [(key, name) for key, table in WHERE.items() for name in table]
+# A value that fits keys without a default.
+REQUIRED = {"cifar10": {"path": "x"}, "cifar100": {"path": "x"}, "tiny_imagenet": {"path": "x"}, "glue": {"path": "x"}}
+
+
+def accept(**keys: Any) -> Config:
+    return load(None, BASE | keys)
+
+
+def refuse(**keys: Any) -> str:
+    with pytest.raises(ConfigError) as refusal:
+        accept(**keys)
+    return str(refusal.value)
+
+
+def with_choice(key: str, name: str, **keys: Any) -> dict[str, Any]:
+    choice = {"name": name} | REQUIRED.get(name, {}) | keys
+    return {"algorithm": {"name": "fedavg", "local": choice}} if key == "algorithm.local" else {key: choice}
+
+
+def test_values_arrive_with_their_types() -> None:
+    config = accept(lr="1e-3", clip_norm=math.inf, algorithm={"name": "fedmuon", "alpha": 1}, local_epochs=None)
+    assert config.lr == 1e-3
+    assert config.clip_norm == math.inf
+    assert config.run_dir == Path("runs/small")
+    assert config.algorithm == FedMuon(alpha=1.0)
+    assert config.model == Mlp(hidden=(8,))
+    assert config.local_epochs is None
+
+
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Config)])
+def test_a_wrong_type_names_key_value_and_expectation(key: str) -> None:
+    wrong = {"no": "such"}
+    message = refuse(**{key: wrong})
+    assert message.startswith(f"{key}: {wrong}, expected ")
+    if key not in WHERE:
+        assert {name: kind for name, kind, _ in describe(Config)}[key] in message
+
+
+@pytest.mark.parametrize(("key", "name"), NAMES)
+def test_a_wrong_type_below_a_choice_names_the_whole_key(key: str, name: str) -> None:
+    for field in dataclasses.fields(WHERE[key][name]):
+        message = refuse(**with_choice(key, name, **{field.name: {"no": "such"}}))
+        assert message.startswith(f"{key}.{field.name}: {{'no': 'such'}}, expected ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("seed", -1, "int >= 0"),
+        ("rounds", 0, "int >= 1"),
+        ("clients", 0, "int >= 1"),
+        ("cohort", 0, "int >= 1"),
+        ("local_steps", 0, "int >= 1 | null"),
+        ("local_epochs", 0, "int >= 1 | null"),
+        ("batch_size", 0, "int >= 1"),
+        ("batch_size", 2.5, "int >= 1"),
+        ("batch_size", True, "int >= 1"),
+        ("lr", 0, "float > 0 and < inf"),
+        ("lr", math.inf, "float > 0 and < inf"),
+        ("lr", math.nan, "float > 0 and < inf"),
+        ("lr", "fast", "float > 0 and < inf"),
+        ("schedule", "linear", "constant | cosine | exponential"),
+        ("sampling", "all", "uniform | poisson"),
+        ("weighting", "size", "uniform | samples"),
+        ("clip_norm", 0, "float > 0"),
+        ("precision", "fp16", "fp32 | bf16"),
+        ("evaluator", "fast", "auto | loop | batched | compiled"),
+        ("clients_per_batch", 0, "int >= 1 | null"),
+        ("placement", "random", "estimated | measured"),
+        ("reduce_dtype", "bf16", "float64 | float32"),
+        ("on_nonfinite", "ignore", "error | drop_client"),
+        ("device", "tpu", "auto | cpu | cuda"),
+        ("threads", 0, "int >= 1"),
+        ("eval_every", 0, "int >= 1"),
+        ("checkpoint_every", 0, "int >= 1"),
+        ("keep_checkpoints", 0, "int >= 1"),
+        ("store_memory_bytes", -1, "float >= 0 and < inf"),
+        ("store_memory_bytes", math.inf, "float >= 0 and < inf"),
+    ],
+)
+def test_a_value_out_of_range_names_key_value_and_expectation(key: str, value: object, expected: str) -> None:
+    assert refuse(**{key: value}).partition(" (")[0] == f"{key}: {value!r}, expected {expected}"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "key", "value", "expected"),
+    [
+        ("fedmuon", "alpha", 1.5, "float >= 0 and <= 1"),
+        ("fedmuon", "beta", 1, "float >= 0 and < 1"),
+        ("fedmuon", "share_momentum", "perhaps", "bool"),
+        ("fedmuon", "route", "none", "hidden | all_matrices"),
+        ("fedbcgd", "blocks", 0, "int >= 1"),
+        ("scaffold", "server_lr", 0, "float > 0"),
+    ],
+)
+def test_a_range_below_a_choice_is_told_alike(algorithm: str, key: str, value: object, expected: str) -> None:
+    message = refuse(algorithm={"name": algorithm, key: value})
+    assert message.startswith(f"algorithm.{key}: {value!r}, expected {expected} (")
+
+
+def test_a_cohort_larger_than_the_population_is_refused() -> None:
+    assert refuse(clients=5, cohort=6) == "cohort: 6 is more than the number of clients, 5"
+    assert accept(clients=5, cohort=5).cohort == 5
+
+
+def test_one_of_steps_and_epochs_is_needed() -> None:
+    assert refuse(local_steps=None) == "local_steps: missing; set local_steps, local_epochs or both"
+    assert accept(local_steps=None, local_epochs=2).local_epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"cohrt": 3}, "cohrt: unknown key; did you mean 'cohort'?"),
+        ({"algorithm.alpa": 0.5, "algorithm": "fedmuon"}, "algorithm.alpa: unknown key; did you mean 'alpha'?"),
+        ({"model.hiden": [8]}, "model.hiden: unknown key; did you mean 'hidden'?"),
+        (
+            {"algorithm": {"name": "fedavg", "local": {"name": "sgd", "momentun": 0}}},
+            "algorithm.local.momentun: unknown key; did you mean 'momentum'?",
+        ),
+    ],
+)
+def test_an_unknown_key_suggests_the_nearest(keys: dict[str, Any], message: str) -> None:
+    assert refuse(**keys) == message
+
+
+@pytest.mark.parametrize(("key", "name"), NAMES)
+def test_an_unknown_name_suggests_the_nearest(key: str, name: str) -> None:
+    misspelt = f"{name}_"
+    assert refuse(**with_choice(key, misspelt)) == f"{key}: unknown name {misspelt!r}; did you mean {name!r}?"
+
+
+def test_a_name_like_no_other_gets_the_list() -> None:
+    expected = ", ".join(sorted(PARTITIONS))
+    assert refuse(partition="qqqq") == f"partition: unknown name 'qqqq'; expected one of {expected}"
+
+
+@pytest.mark.parametrize(
+    "key", [field.name for field in dataclasses.fields(Config) if field.default is dataclasses.MISSING]
+)
+def test_a_missing_key_is_named(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: missing; expected "):
+        load(None, {name: value for name, value in BASE.items() if name != key})
+
+
+def test_a_missing_key_of_a_choice_is_named() -> None:
+    assert refuse(data="cifar10") == "data.path: missing; expected str"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_files_of_the_repository_load_and_resolve(file: Path) -> None:
+    config = load(file, {})
+    assert load(None, yaml.safe_load(yaml.safe_dump(resolved(config)))) == config
+
+
+def test_the_files_of_the_repository_name_different_run_folders() -> None:
+    assert len({yaml.safe_load(file.read_text())["run_dir"] for file in FILES}) == len(FILES) > 5
+
+
+@pytest.mark.parametrize(("key", "name"), NAMES)
+def test_resolved_reads_back_to_an_equal_configuration(key: str, name: str, tmp_path: Path) -> None:
+    config = accept(clip_norm=math.inf, **with_choice(key, name))
+    plain = resolved(config)
+    file = tmp_path / "resolved.yaml"
+    file.write_text(yaml.safe_dump(plain))
+    assert load(file, {}) == config
+    assert list(plain) == [field.name for field in dataclasses.fields(Config)]
+    choice = plain["algorithm"]["local"] if key == "algorithm.local" else plain[key]
+    assert choice["name"] == name
+    assert set(choice) == {"name"} | {field.name for field in dataclasses.fields(WHERE[key][name])}
+
+
+# Overrides
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("lr", "0.5", 0.5),
+        ("lr", "-3", -3),
+        ("algorithm.alpha", "0.25", 0.25),
+        ("local_steps", "null", None),
+        ("clip_norm", ".inf", math.inf),
+        ("model", "{name: mlp, hidden: [4, 4]}", {"name": "mlp", "hidden": [4, 4]}),
+        ("algorithm.share_momentum", "false", False),
+        ("run_dir", "runs/a=b", "runs/a=b"),
+        ("data.path", "[unbalanced", "[unbalanced"),
+    ],
+)
+def test_both_forms_of_an_override_say_the_same(key: str, text: str, value: object) -> None:
+    assert parse_overrides([f"--{key}", text]) == parse_overrides([f"--{key}={text}"]) == {key: value}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr"], "--lr: expected a value after it"),
+        (["--lr", "--rounds", "3"], "--lr: expected a value after it"),
+        (["lr", "3"], "'lr': expected --key value or --key=value"),
+        (["-lr", "3"], "'-lr': expected --key value or --key=value"),
+        (["--=3"], "'--=3': expected --key value or --key=value"),
+    ],
+)
+def test_what_is_no_override_is_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_overrides(arguments)
+    assert str(refusal.value) == message
+
+
+def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(BASE | {"algorithm": "fedmuon"}))
+    config = load(file, {"lr": 0.5, "algorithm.alpha": 0.25, "model.hidden": [4, 4]})
+    assert (config.lr, config.algorithm, config.model) == (0.5, FedMuon(alpha=0.25), Mlp(hidden=(4, 4)))
+    assert config.seed == BASE["seed"]
+
+
+def test_overrides_are_left_as_they_were() -> None:
+    overrides = BASE | {"model": {"name": "mlp"}, "model.hidden": [4]}
+    assert load(None, overrides).model == Mlp(hidden=(4,))
+    assert overrides["model"] == {"name": "mlp"}
+
+
+def test_a_name_replaces_a_choice_whole() -> None:
+    assert accept(algorithm={"name": "fedmuon", "alpha": 0.1}).algorithm == FedMuon(alpha=0.1)
+    before = BASE | {"algorithm": {"name": "fedavg", "local": "adamw"}}
+    assert load(None, before | {"algorithm": "fedmuon"}).algorithm == FedMuon()
+
+
+def test_keys_below_a_choice_hold_whatever_their_order() -> None:
+    keys = {"algorithm": "fedavg", "algorithm.local": "adamw", "algorithm.local.beta1": 0.5}
+    for order in (list(keys), list(reversed(keys))):
+        config = load(None, BASE | {key: keys[key] for key in order})
+        assert config.algorithm.local == AdamW(beta1=0.5)  # type: ignore[attr-defined]
+    assert accept(algorithm="fedavg").algorithm.local == Sgd()  # type: ignore[attr-defined]
+
+
+def test_a_key_below_a_plain_value_is_refused() -> None:
+    assert refuse(**{"lr.warmup": 3}) == "lr.warmup: lr is 0.1, which has no keys below it"
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"lr: [1\nrounds: {", "not valid YAML"),
+        (b"lr: \xff\xfe", "not valid YAML"),
+        (b"\x00lr: 1", "not valid YAML"),
+        (b"- lr\n- rounds\n", "expected a mapping of keys, found list"),
+        (b"lr", "expected a mapping of keys, found str"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(content: bytes, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as refusal:
+        load(file, {})
+    assert str(refusal.value).startswith(f"{file}: {said}")
+
+
+def test_a_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        load(tmp_path / "nowhere.yaml", {})

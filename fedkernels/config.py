@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import difflib
 import math
 import types
@@ -127,7 +128,7 @@ class Config:
     reduce_dtype: Literal["float64", "float32"] = "float64"
     on_nonfinite: Literal["error", "drop_client"] = "error"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Count = 1
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
     eval_every: Count = 1
     checkpoint_every: Count = 10
     keep_checkpoints: Count = 2
@@ -262,6 +263,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return _choice(CHOICES[hint], value, where)
     if isinstance(value, bool) and "bool" not in _type_text(hint):
         raise ConfigError(f"{where}: {value!r}, expected {_type_text(hint)}")
+    if hint is Path and isinstance(value, (int, datetime.date)):
+        value = str(value)  # YAML reads a folder named 7 as a number
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:

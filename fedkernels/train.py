@@ -127,7 +127,7 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
     writer = MetricsWriter(config.run_dir) if leader else None
     progress = Progress(config.rounds, first_round=engine.round) if leader else None
     stopped_by = None
-    with _signals() as received:
+    with _signals(engine) as received:
         try:
             if writer is not None and progress is not None:
                 if resume:
@@ -142,8 +142,6 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
                 )
             while engine.round < config.rounds:
                 start = time.perf_counter()
-                # The round makes it true on all ranks or on none.
-                engine.stop_requested = bool(received)
                 row = engine.run_round()
                 last = engine.round == config.rounds
                 due = engine.round % config.eval_every == 0 or last
@@ -153,9 +151,11 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
                     row = {"round": row.pop("round"), "time_s": totals["time_s"], **row}
                     writer.write(row)
                     progress.update(row)
-                if engine.round % config.checkpoint_every == 0 or last or engine.stop_requested:
+                    for line in engine.dropped:
+                        progress.note(f"{line}: left out")
+                if engine.round % config.checkpoint_every == 0 or last or engine.stop_agreed:
                     checkpoint.save(checkpoints, engine, fingerprint, totals, config.keep_checkpoints)
-                if engine.stop_requested and not last:
+                if engine.stop_agreed and not last:
                     stopped_by = next(number for numbers in collectives.gather(received) for number in numbers)
                     if progress is not None:
                         name = signal.Signals(stopped_by).name
@@ -245,7 +245,7 @@ def _agree(collectives: Collectives, step: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def _signals(engine: Engine) -> Iterator[list[int]]:
     """Collect SIGTERM, SIGINT and SIGUSR1, which ask for a stop; a second SIGINT interrupts at once."""
     received: list[int] = []
 
@@ -253,6 +253,7 @@ def _signals() -> Iterator[list[int]]:
         if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
+        engine.stop_requested = True
 
     if threading.current_thread() is not threading.main_thread():
         yield received

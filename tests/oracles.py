@@ -307,7 +307,7 @@ def fedadamw(
 def fedmuon(
     f: Federation, rounds: int, *, alpha: float = 0.5, share_momentum: bool = True, **options: Any
 ) -> dict[str, Any]:
-    """`M_bar` holds the hidden matrices only."""
+    """`M_bar` holds the hidden matrices only, and is not there where momentum is not shared."""
     x, G = f.start(), f.zeros()
     M_bar = {n: torch.zeros_like(x[n]) for n in f.hidden}
     K = f.nominal_steps
@@ -325,7 +325,7 @@ def fedmuon(
         G = {n: -delta[n] / (K * f.lr(r)) for n in x}
         if share_momentum:
             M_bar = f.mean(momenta)
-    return {"x": x, "G": G, "M_bar": M_bar}
+    return {"x": x, "G": G, "M_bar": M_bar} if share_momentum else {"x": x, "G": G}
 
 
 def fedbcgd(

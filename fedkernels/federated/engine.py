@@ -140,7 +140,9 @@ class Engine:
         x = self.layout.flatten(dict(objective.module.named_parameters()))
         self.server = Vectors(algorithm.init(x, self.layout), what="the server")
         self.round = 0
-        self.stop_requested = False
+        self.stop_requested = False  # by this rank, at any moment
+        self.stop_agreed = False  # by all ranks, with the last round
+        self.dropped: list[str] = []
         self.owners: dict[int, int] = {}
         self.store = ClientStore(
             algorithm.keep,
@@ -235,10 +237,10 @@ class Engine:
         ]
         agg = aggregator.reduce(self.collectives, holders)
         loss_sum, loss_count, clients, dropped, stop, *per_rank = slots.tolist()
+        self.dropped = [text for texts in self.collectives.gather(bad) for text in texts] if dropped else []
         if dropped and settings.on_nonfinite == "error":
-            everyone = [text for texts in self.collectives.gather(bad) for text in texts]
-            raise NonFiniteUpdateError("; ".join(everyone))
-        self.stop_requested = stop > 0
+            raise NonFiniteUpdateError("; ".join(self.dropped))
+        self.stop_agreed = stop > 0
         if clients:
             done = Round(self.round, int(clients), self.population, self.nominal_steps, lr)
             self._update_server(agg, done)

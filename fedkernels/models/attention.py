@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layout import Role, infer_roles
-from .vision import TaskKind, image_shape
+from .vision import Size, TaskKind, image_shape
 
 PAD_TOKEN = 0
 BYTE_TOKENS = 256
@@ -31,11 +31,11 @@ class Vit:
     Reference: Dosovitskiy et al., An image is worth 16x16 words, 2021.
     """
 
-    dim: int = 192
-    depth: int = 6
-    heads: int = 3
-    patch: int = 4
-    mlp_ratio: int = 4
+    dim: Size = 192
+    depth: Size = 6
+    heads: Size = 3
+    patch: Size = 4
+    mlp_ratio: Size = 4
 
     def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator."""
@@ -89,9 +89,9 @@ class Gpt2:
     Reference: Radford et al., Language models are unsupervised multitask learners, 2019.
     """
 
-    dim: int = 128
-    depth: int = 2
-    heads: int = 4
+    dim: Size = 128
+    depth: Size = 2
+    heads: Size = 4
 
     def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         """A module from int64 tokens `[b, length]` to logits `[b, length, classes]` or, for text, `[b, classes]`."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..layout import Role, infer_roles
 
 TaskKind = Literal["image", "language", "text"]
+Size = Annotated[int, Field(ge=1)]
 
 
 def image_shape(model: str, kind: TaskKind, input_shape: Sequence[int], min_side: int = 1) -> tuple[int, int, int]:
@@ -46,7 +48,7 @@ class Mlp(_WithHead):
         hidden: widths of the hidden layers.
     """
 
-    hidden: tuple[int, ...] = (64,)
+    hidden: tuple[Size, ...] = (64,)
 
     def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator."""
@@ -81,7 +83,7 @@ class LeNet5(_WithHead):
     Reference: LeCun et al., Gradient-based learning applied to document recognition, 1998.
     """
 
-    width: int = 1
+    width: Size = 1
 
     def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator."""
@@ -175,8 +177,8 @@ class ResNet18(_WithHead):
     federated optimization, 2021.
     """
 
-    groups: int = 2
-    width: int = 64
+    groups: Size = 2
+    width: Size = 64
 
     def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator."""

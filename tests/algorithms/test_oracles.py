@@ -190,6 +190,7 @@ def check(engine: Engine, expected: dict[str, Any], rounds: int = 3) -> None:
         for client, c_i in expected["c_i"].items():
             agree(engine, engine.store.get([client])["c_i"][0], c_i)
     layout = engine.layout
+    assert ("M_bar" in expected) == ("M_bar" in engine.server)
     if "M_bar" in expected:
         assert engine.server.M_bar.numel() == sum(m.numel() for m in expected["M_bar"].values())
         rest = torch.zeros(layout.d - layout.d_matrix, dtype=torch.float64)

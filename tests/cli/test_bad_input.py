@@ -57,6 +57,9 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
         (["--cohrt", "3"], "cohrt: unknown key; did you mean 'cohort'?"),
         (["--algorithm.server_rl", "3"], "algorithm.server_rl: unknown key; did you mean 'server_lr'?"),
         (["--algorithm", "fedmoun"], "algorithm: unknown name 'fedmoun'; did you mean 'fedmuon'?"),
+        (["--model", "lenet5", "--model.width", "0"], "model.width: 0, expected int >= 1 ("),
+        (["--model", "vit", "--model.depth", "-1"], "model.depth: -1, expected int >= 1 ("),
+        (["--model.hidden", "[8, 0]"], "model.hidden: [8, 0], expected"),
         (["--rounds", "many"], "rounds: 'many', expected int >= 1 ("),
         (["--lr", "-0.1"], "lr: -0.1, expected float > 0"),
         (["--lr"], "--lr: expected a value after it"),
@@ -246,7 +249,7 @@ def diverging(batch_size: int) -> list[str]:
 
 @pytest.mark.parametrize("on_nonfinite", ["error", "drop_client"])
 def test_clients_that_send_nan_are_named_or_dropped(
-    runs: Runs, on_nonfinite: str, error_line: Callable[[], str]
+    runs: Runs, on_nonfinite: str, error_line: Callable[[], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load(runs.config, {"run_dir": "unused"})
     sizes = config.partition.split(Digits().load().labels.numpy(), None, config.clients, config.seed).sizes
@@ -264,6 +267,8 @@ def test_clients_that_send_nan_are_named_or_dropped(
         assert status == 0
         (row,) = runs.rows("a")
         assert (row["dropped"], row["cohort"]) == (4, 4)
+        told = [line for line in capsys.readouterr().out.splitlines() if "NaN" in line]
+        assert sorted(told) == [f"client {i} sent NaN or infinity in round 1: left out" for i in bad]
         assert all(torch.isfinite(value).all() for value in runs.weights("a").values())
 
 

@@ -95,7 +95,7 @@ def test_a_wrong_type_below_a_choice_names_the_whole_key(key: str, name: str) ->
         ("reduce_dtype", "bf16", "float64 | float32"),
         ("on_nonfinite", "ignore", "error | drop_client"),
         ("device", "tpu", "auto | cpu | cuda"),
-        ("threads", 0, "int >= 1"),
+        ("threads", 0, "int >= 1 and <= 1024"),
         ("eval_every", 0, "int >= 1"),
         ("checkpoint_every", 0, "int >= 1"),
         ("keep_checkpoints", 0, "int >= 1"),
@@ -214,6 +214,11 @@ def test_resolved_reads_back_to_an_equal_configuration(key: str, name: str, tmp_
 )
 def test_both_forms_of_an_override_say_the_same(key: str, text: str, value: object) -> None:
     assert parse_overrides([f"--{key}", text]) == parse_overrides([f"--{key}={text}"]) == {key: value}
+
+
+@pytest.mark.parametrize("name", ["7", "2026-01-01"])
+def test_a_folder_may_be_called_like_a_number_or_a_date(name: str) -> None:
+    assert load(None, CONFIG | parse_overrides(["--run_dir", name])).run_dir == Path(name)
 
 
 @pytest.mark.parametrize(

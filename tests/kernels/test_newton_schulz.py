@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedkernels.kernels.newton_schulz import newton_schulz
 
@@ -58,6 +59,14 @@ def test_float32(shape: tuple[int, int]) -> None:
 def test_commutes_with_transposition(shape: tuple[int, int]) -> None:
     u = random(*shape)
     assert_equal(newton_schulz(u.mT), newton_schulz(u).mT)
+
+
+def test_works_on_the_short_side() -> None:
+    """A tall matrix costs what its transpose costs: `n²(2m + n)` multiply-adds a step, n the short side."""
+    for shape in ((3, 50), (50, 3)):
+        with FlopCounterMode(display=False) as counter:
+            newton_schulz(random(*shape))
+        assert counter.get_total_flops() == 5 * 2 * 3 * 3 * (2 * 50 + 3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,0 +1,77 @@
+"""What ranks of a process group do in tests; importable by processes that start fresh."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from support import tiny_engine
+
+from fedkernels.algorithms import FedAvg
+from fedkernels.federated.collectives import Collectives
+
+
+def each_collective(collectives: Collectives) -> dict[str, Any]:
+    """Every operation of `Collectives` once, on values that depend on the rank, with the bytes it counted."""
+    rank, world = collectives.rank, collectives.world_size
+    out: dict[str, Any] = {"rank": rank, "world_size": world}
+
+    def done(name: str, value: Any) -> None:
+        out[name] = (value, collectives.link_bytes)
+        collectives.link_bytes = 0
+
+    bucket = torch.arange(7, dtype=torch.float64) * 10.0**rank
+    same = collectives.all_reduce(bucket)
+    done("all_reduce", (bucket.numpy().copy(), same is bucket))
+
+    # Block 0 lies on all ranks, 1 on the last two, 2 on the first alone, 3 on none; elsewhere there is NaN.
+    blocks, holders = block_plan()
+    sums = torch.full((20,), torch.nan, dtype=torch.float32)
+    for block, ranks in zip(blocks, holders, strict=True):
+        if rank in ranks:
+            sums[block] = 10.0**rank * torch.arange(block.start, block.stop)
+    sums[blocks[3]] = -1
+    collectives.reduce_blocks(sums, blocks, holders)
+    done("reduce_blocks", sums.numpy().copy())
+
+    moves = [(0, 1), (2, 0), (0, 2), (0, 1)]
+    outgoing = [torch.full((3,), 100.0 * rank + n) for n, (source, _) in enumerate(moves) if source == rank]
+    incoming = [torch.empty(3) for _, target in moves if target == rank]
+    collectives.exchange(moves, 12, outgoing, incoming)
+    done("exchange", [message.tolist() for message in incoming])
+
+    done("gather", collectives.gather({"rank": rank}))
+    return out
+
+
+def block_plan() -> tuple[list[slice], list[list[int]]]:
+    return [slice(0, 6), slice(6, 11), slice(11, 18), slice(18, 20)], [[0, 1, 2], [1, 2], [0], []]
+
+
+def engine_on_ranks(collectives: Collectives) -> dict[str, Any]:
+    """Agreement of an engine's ranks: evaluation, a stop that one rank asks for, errors, measured placement."""
+    engine = tiny_engine(FedAvg(), collectives=collectives, lr=0.5, placement="measured")
+    engine.run_round()
+    out: dict[str, Any] = {"evaluate": engine.evaluate(), "stop before": engine.stop_agreed}
+    engine.stop_requested = collectives.rank == 1
+    row = engine.run_round()
+    out |= {"stop after": engine.stop_agreed, "rank_idle": row["rank_idle"]}
+    engine.stop_requested = False
+    engine.run_round()
+    out |= {"stop later": engine.stop_agreed, "x": engine.server.x.numpy().copy()}
+    auto = tiny_engine(FedAvg(), collectives=collectives, evaluator="auto")
+    out["choice"] = auto.settle()
+    try:
+        tiny_engine(FedAvg(), collectives=collectives, cohort=collectives.world_size - 1)
+    except ValueError as error:
+        out["too few"] = str(error)
+    broken = tiny_engine(FedAvg(), collectives=collectives, lr=1e200, clip_norm=float("inf"))
+    try:
+        for _ in range(3):
+            broken.run_round()
+    except FloatingPointError as error:
+        out["error"] = sorted(int(client) for client in re.findall(r"client (\d+) sent NaN", str(error)))
+    assert np.isfinite(out["x"]).all()
+    return out

@@ -89,8 +89,10 @@ def poison(engine: Engine, poisoned: dict[int, set[int]]) -> None:
     engine.batches.draw = poisoned_draw  # type: ignore[method-assign]
 
 
-# Client 9 drops out the first time it is drawn, and trains later.
-DROPS: dict[str, Any] = {"stop": 5, "poisoned": {1: {9}}, "on_nonfinite": "drop_client"}
+# Clients that drop out the first time they are drawn, some of which train on another rank later.
+DROPS: dict[str, Any] = {
+    "stop": 5, "poisoned": {1: {5, 10}, 2: {5}, 3: {5}}, "on_nonfinite": "drop_client",
+}  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
     "float64": {},
     "float32": {"dtype": torch.float32},

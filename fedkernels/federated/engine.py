@@ -176,6 +176,9 @@ class Engine:
 
         Args:
             choice: an earlier decision to take over, such as a resumed run's.
+
+        Raises:
+            ValueError: the settings say `batched`, and the model cannot be batched over clients.
         """
 
         def make(choice: Choice) -> Evaluator:
@@ -188,11 +191,17 @@ class Engine:
             def sample(clients: int) -> Batch:
                 return next(iter(self.batches.draw(largest[:clients].tolist(), 0)))
 
-            mine = None
+            mine: Choice | ValueError | None = None
             if self.collectives.rank == 0:
                 evaluator, per_batch = self.settings.evaluator, self.settings.clients_per_batch
-                mine = choose(evaluator, per_batch, most, self.server.x, sample, make)
-            choice = self.collectives.gather(mine)[0]
+                try:
+                    mine = choose(evaluator, per_batch, most, self.server.x, sample, make)
+                except ValueError as error:
+                    mine = error
+            decided = self.collectives.gather(mine)[0]
+            if isinstance(decided, ValueError):
+                raise decided
+            choice = decided
         assert choice is not None
         self.choice, self._evaluator = choice, make(choice)
         return choice
@@ -201,7 +210,7 @@ class Engine:
         """Run one round and return its metrics, timed on this rank and otherwise the same on all.
 
         Raises:
-            NonFiniteUpdateError: a client sent NaN or infinity and the settings say `error`; nothing was updated.
+            NonFiniteUpdateError: a client sent NaN or infinity and the settings say `error`; the server was not updated.
         """
         choice = self.choice or self.settle()
         link_before, start = self.collectives.link_bytes, time.perf_counter()
@@ -284,6 +293,9 @@ class Engine:
         for c, client in enumerate(ids):
             if not finite[c]:
                 bad.append(f"client {client} sent NaN or infinity in round {self.round + 1}")
+                if self.algorithm.keep:
+                    # Every client that has an owner has a row there, even one that was never heard.
+                    self.store.put([client], self.store.get([client]))
                 continue
             weight = float(self.sizes[client]) if self.settings.weighting == "samples" else 1.0
             aggregator.add(up, c, weight, blocks[c])

@@ -123,19 +123,28 @@ def choose(
     wanted = clients_per_batch or (max(1, min(64, int(2**28 // max(1, x.numel())))) if on_gpu else 8)
     together = max(1, min(wanted, most_clients))
     loop_size = min(clients_per_batch or 1, together)
-    if evaluator != "auto":
-        size = together if evaluator == "batched" else loop_size
-        return Choice(evaluator, size, "as configured")
+    if evaluator in ("loop", "compiled"):
+        return Choice(evaluator, loop_size, "as configured")
+    if evaluator == "batched":
+        choice = Choice("batched", together, "as configured")
+        try:
+            make(choice)(x[None], sample(1), torch.empty_like(x)[None])
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            raise ValueError(f"evaluator: this model cannot be batched over clients: {_reason(error)}") from error
+        return choice
     if together == 1:
         return Choice("loop", 1, "one client at a time, nothing to batch")
     try:
         batched_s = _time_per_client(make(Choice("batched", together, "")), x, sample(together))
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        return Choice("loop", loop_size, f"this model cannot be batched over clients: {reason}")
+        return Choice("loop", loop_size, f"this model cannot be batched over clients: {_reason(error)}")
     loop_s = _time_per_client(make(Choice("loop", 1, "")), x, sample(1))
     why = f"measured {1e3 * loop_s:.2f} ms per client-step in a loop, {1e3 * batched_s:.2f} ms batched by {together}"
     return Choice("batched", together, why) if batched_s < loop_s else Choice("loop", loop_size, why)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def _time_per_client(evaluator: Evaluator, x: Tensor, batch: Batch) -> float:

@@ -187,6 +187,11 @@ def test_auto_says_why_a_model_is_not_batched() -> None:
     assert choice == Choice("loop", 1, "this model cannot be batched over clients: no batching rule")
 
 
+def test_a_model_that_cannot_be_batched_as_configured_is_refused() -> None:
+    with pytest.raises(ValueError, match="^evaluator: this model cannot be batched over clients: no batching rule$"):
+        chosen("batched", None, 6, batched=Clocked(lambda clients: 1, broken=True))
+
+
 @pytest.mark.parametrize(
     ("evaluator", "clients_per_batch", "most", "expected"),
     [
@@ -204,5 +209,5 @@ def test_auto_says_why_a_model_is_not_batched() -> None:
 def test_choices_as_configured(
     evaluator: str, clients_per_batch: int | None, most: int, expected: tuple[str, int]
 ) -> None:
-    choice = chosen(evaluator, clients_per_batch, most)
+    choice = chosen(evaluator, clients_per_batch, most, batched=Clocked(lambda clients: 1))
     assert (choice.evaluator, choice.clients_per_batch) == expected

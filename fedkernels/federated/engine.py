@@ -210,7 +210,7 @@ class Engine:
         """Run one round and return its metrics, timed on this rank and otherwise the same on all.
 
         Raises:
-            NonFiniteUpdateError: a client sent NaN or infinity and the settings say `error`; the server was not updated.
+            NonFiniteUpdateError: a client sent NaN or infinity and the settings say `error`; the server is as before.
         """
         choice = self.choice or self.settle()
         link_before, start = self.collectives.link_bytes, time.perf_counter()

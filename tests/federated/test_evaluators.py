@@ -188,7 +188,7 @@ def test_auto_says_why_a_model_is_not_batched() -> None:
 
 
 def test_a_model_that_cannot_be_batched_as_configured_is_refused() -> None:
-    with pytest.raises(ValueError, match="^evaluator: this model cannot be batched over clients: no batching rule$"):
+    with pytest.raises(ValueError, match=r"^evaluator: this model cannot be batched over clients: no batching rule$"):
         chosen("batched", None, 6, batched=Clocked(lambda clients: 1, broken=True))
 
 

@@ -16,7 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load as load_tensors
+from safetensors import safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -60,7 +61,8 @@ def save(root: Path, engine: Engine, fingerprint: dict[str, Any], totals: dict[s
 
     def prepare() -> None:
         if collectives.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left_over in root.glob(".partial-*"):
+                shutil.rmtree(left_over)
             partial.mkdir(parents=True)
 
     def write() -> dict[str, str]:
@@ -116,27 +118,30 @@ def restore(root: Path, engine: Engine, fingerprint: dict[str, Any]) -> tuple[di
         return None
     if path is None:
         raise CheckpointError("; ".join(notes) + "; no whole checkpoint is left")
-    if differing := _differences(manifest["fingerprint"], fingerprint):
+    if differing := differences(manifest["fingerprint"], fingerprint):
         raise CheckpointError(
             f"{path} belongs to another configuration: {'; '.join(differing)}; use the same one, or a new run_dir"
         )
-    device = engine.server.x.device
-    for name, value in load_tensors((path / "server.safetensors").read_bytes()).items():
-        engine.server[name] = value.to(device)
-    collectives = engine.collectives
-    for name in sorted(manifest["sha256"]):
-        if name.startswith("clients-"):
-            # Rank w of the writer goes to rank w here; with fewer ranks they wrap around.
-            owner = int(name.split("-")[1]) % collectives.world_size
-            page = load_tensors((path / name).read_bytes())
-            clients = page["ids"].tolist()
-            engine.owners.update(dict.fromkeys(clients, owner))
-            if owner == collectives.rank:
-                for client, row in zip(clients, page["rows"], strict=True):
-                    engine.store.put_row(client, row)
+    engine.collectives.agree(lambda: _load(path, sorted(manifest["sha256"]), engine))
     engine.round = manifest["round"]
     engine.settle(Choice(**manifest["choice"]))
     return manifest["totals"], notes
+
+
+def _load(path: Path, names: list[str], engine: Engine) -> None:
+    """Server state, who owns which client, and the state of this rank's clients."""
+    for name, value in load_file(path / "server.safetensors").items():
+        engine.server[name] = value.to(engine.server.x.device)
+    for name in names:
+        if name.startswith("clients-"):
+            # Rank w of the writer goes to rank w here; with fewer ranks they wrap around.
+            owner = int(name.split("-")[1]) % engine.collectives.world_size
+            with safe_open(path / name, "pt") as page:
+                clients = page.get_tensor("ids").tolist()
+                engine.owners.update(dict.fromkeys(clients, owner))
+                if owner == engine.collectives.rank:
+                    for client, row in zip(clients, page.get_tensor("rows"), strict=True):
+                        engine.store.put_row(client, row)
 
 
 def _files(engine: Engine) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -169,12 +174,13 @@ def _verified(path: Path, digest: str) -> bytes:
     return content
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
+    """Nested keys whose values differ, a line each."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += _differences(a, b, f"{where}{key}.")
+            lines += differences(a, b, f"{where}{key}.")
         elif a != b:
             lines.append(f"{where}{key} was {a!r}, now {b!r}")
     return lines

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from .checkpoint import CheckpointError
-from .config import CHOICES, Config, ConfigError, describe, load, parse_overrides
+from .config import CHOICES, Config, ConfigError, describe, load, nearest, parse_overrides
 from .federated.engine import NonFiniteUpdateError
 
 TABLES = dict(zip(("algorithms", "optimizers", "models", "datasets", "partitions"), CHOICES.values(), strict=True))
@@ -127,8 +127,6 @@ def _list(options: argparse.Namespace, rest: Sequence[str]) -> int:
             print(f"  {key:<20} {kind}; default {default}")
         return 0
     if options.what is not None and options.what not in TABLES:
-        from .config import nearest
-
         raise ConfigError(f"{options.what}: unknown name{nearest(options.what, [*everything, *TABLES])}")
     for title, table in TABLES.items():
         if options.what in (None, title):
@@ -140,12 +138,12 @@ def _list(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _partition(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from .data.plot import partition_figure, partition_summary
+    from .train import split
 
     config = load(options.config, parse_overrides(rest))
     data = config.data.load()
     labels = data.labels.numpy()
-    groups = None if data.groups is None else data.groups.numpy()
-    partition = config.partition.split(labels, groups, config.clients, config.seed)
+    partition = split(config, data)
     classes = int(labels.max()) + 1
     for name, value in partition_summary(partition, labels, classes).items():
         print(f"{name:<28} {value:g}")

@@ -260,7 +260,7 @@ def _make(cls: Any, tree: Mapping[Any, Any], where: str) -> Any:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     if hint in CHOICES:
-        return _choice(CHOICES[hint], value, where)
+        return choice(CHOICES[hint], value, where)
     if isinstance(value, bool) and "bool" not in _type_text(hint):
         raise ConfigError(f"{where}: {value!r}, expected {_type_text(hint)}")
     if hint is Path and isinstance(value, (int, datetime.date)):
@@ -272,7 +272,12 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {value!r}, expected {_type_text(hint)} ({'; '.join(reasons)})") from None
 
 
-def _choice(table: Mapping[str, type], value: Any, where: str) -> Any:
+def choice(table: Mapping[str, type], value: Any, where: str) -> Any:
+    """The object that a name, or a mapping with `name` and its own keys, stands for in a table.
+
+    Raises:
+        ConfigError: an unknown name or key, or a value that the key does not take; `where` is the key it stands at.
+    """
     options = {"name": value} if isinstance(value, str) else value
     if not isinstance(options, dict) or not isinstance(options.get("name"), str):
         raise ConfigError(f"{where}: {value!r}, expected a name or a mapping with 'name'; names: {', '.join(table)}")

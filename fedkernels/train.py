@@ -2,49 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
-import yaml
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from . import checkpoint
-from .config import Config, ConfigError, load, resolved
+from .config import Config
 from .data.datasets import Dataset
 from .data.partition import Partition
 from .federated.batches import LocalWork
 from .federated.collectives import Collectives, join, pick_device
 from .federated.engine import Engine, EngineSettings
 from .federated.objective import Objective
-from .metrics import MetricsWriter, Progress, environment
+from .metrics import MetricsWriter, Progress
 from .rng import Purpose, stream
-
-# Keys that may differ between a run and its continuation: they do not touch a number of the training.
-FREE_KEYS = {
-    "run_dir",
-    "device",
-    "threads",
-    "eval_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "store_memory_bytes",
-    "on_nonfinite",
-}
-PARTITION_SHOWN = 200
-
-T = TypeVar("T")
+from .run_folder import fingerprint, open_run, save_model
 
 
 @dataclass
@@ -56,6 +36,12 @@ class Outcome:
     stopped_by: int | None
 
 
+def split(config: Config, data: Dataset) -> Partition:
+    """Training samples of each client."""
+    groups = None if data.groups is None else data.groups.numpy()
+    return config.partition.split(data.labels.numpy(), groups, config.clients, config.seed)
+
+
 def build(config: Config, collectives: Collectives) -> tuple[Engine, Dataset, Partition]:
     """The engine of a configuration, with its dataset and partition.
 
@@ -65,37 +51,20 @@ def build(config: Config, collectives: Collectives) -> tuple[Engine, Dataset, Pa
     torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     data = config.data.load()
-    groups = None if data.groups is None else data.groups.numpy()
-    partition = config.partition.split(data.labels.numpy(), groups, config.clients, config.seed)
+    partition = split(config, data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(stream(config.seed, Purpose.MODEL).integers(2**63)))
         module = config.model.build(data.kind, data.input_shape, data.classes)
     buffers = [name for name, buffer in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
     if buffers:
         raise ValueError(f"{buffers[0]}: running statistics would not be aggregated; use GroupNorm or LayerNorm")
-    settings = EngineSettings(
-        seed=config.seed,
-        rounds=config.rounds,
-        cohort=config.cohort,
-        work=LocalWork(config.batch_size, config.local_steps, config.local_epochs),
-        lr=config.lr,
-        schedule=config.schedule,
-        sampling=config.sampling,
-        weighting=config.weighting,
-        clip_norm=config.clip_norm,
-        evaluator=config.evaluator,
-        clients_per_batch=config.clients_per_batch,
-        placement=config.placement,
-        reduce_dtype=config.reduce_dtype,
-        on_nonfinite=config.on_nonfinite,
-        store_memory_bytes=config.store_memory_bytes,
-    )
-    objective = Objective(module, data, device, config.precision)
+    work = LocalWork(config.batch_size, config.local_steps, config.local_epochs)
+    common = {f.name: getattr(config, f.name) for f in fields(EngineSettings) if f.name != "work"}
     engine = Engine(
         config.algorithm,
-        objective,
+        Objective(module, data, device, config.precision),
         partition,
-        settings,
+        EngineSettings(work=work, **common),
         collectives,
         roles=config.model.roles(module),
         directory=config.run_dir / "client_state",
@@ -106,142 +75,99 @@ def build(config: Config, collectives: Collectives) -> tuple[Engine, Dataset, Pa
 def train(config: Config, *, resume: bool = False) -> Outcome:
     """Run a configuration to its last round, or from its newest checkpoint when resuming.
 
+    Args:
+        resume: continue the run in `run_dir`; where it has no checkpoint yet, start it from the first round.
+
     Raises:
-        ConfigError: the run folder already holds a run, or cannot be written.
+        ConfigError: the run folder already holds a run, or another one on resume, or cannot be written.
         CheckpointError: no whole checkpoint to resume from, or one of another configuration.
         NonFiniteUpdateError: a client sent NaN or infinity and the configuration says `error`.
+        OSError: the metrics cannot be written; the state up to that round is in a checkpoint.
     """
-    collectives = join(pick_device(config.device))
-    engine, data, partition = _agree(collectives, lambda: build(config, collectives))
+    device = pick_device(config.device)
+    collectives = join(device)
+    engine, data, partition = collectives.agree(lambda: build(config, collectives))
     leader = collectives.rank == 0
-    # Only the cosine schedule depends on how many rounds there will be; other runs may be prolonged.
-    free = FREE_KEYS if config.schedule == "cosine" else FREE_KEYS | {"rounds"}
-    fingerprint = {key: value for key, value in resolved(config).items() if key not in free}
     checkpoints = config.run_dir / "checkpoints"
-    restored = checkpoint.restore(checkpoints, engine, fingerprint) if resume else None
-    _agree(collectives, lambda: _open_run(config, data, partition, resume) if leader else None)
+    restored = checkpoint.restore(checkpoints, engine, fingerprint(config)) if resume else None
+    choice = engine.choice or engine.settle()
+    collectives.agree(lambda: open_run(config, data, partition, resume=resume) if leader else None)
     totals, notes = restored or ({"time_s": 0.0}, [])
     if resume and restored is None:
         notes = [f"no checkpoint in {checkpoints}: starting from round 1"]
-    choice = engine.choice or engine.settle()
-    writer = MetricsWriter(config.run_dir) if leader else None
-    progress = Progress(config.rounds, first_round=engine.round) if leader else None
+    elif resume:
+        notes.append(f"resumed after round {engine.round} of {config.rounds}")
+    ranks = collectives.world_size
+    notes.append(f"{ranks} rank{'s' * (ranks > 1)} on {device.type}, {engine.layout.d:,} parameters")
+    notes.append(f"evaluator {choice.evaluator}, {choice.clients_per_batch} client(s) at once: {choice.why}")
+    log = collectives.agree(lambda: _Log(config, engine, notes) if leader else None)
     stopped_by = None
     with _signals(engine) as received:
         try:
-            if writer is not None and progress is not None:
-                if resume:
-                    writer.truncate_after(engine.round)
-                    notes.append(f"resumed after round {engine.round} of {config.rounds}")
-                for note in notes:
-                    progress.note(note)
-                device, ranks = engine.objective.device, collectives.world_size
-                progress.note(f"{ranks} rank{'s' * (ranks > 1)} on {device.type}, {engine.layout.d:,} parameters")
-                progress.note(
-                    f"evaluator {choice.evaluator}, {choice.clients_per_batch} client(s) at once: {choice.why}"
-                )
-            while engine.round < config.rounds:
+            while engine.round < config.rounds and not engine.stop_agreed:
                 start = time.perf_counter()
                 row = engine.run_round()
                 last = engine.round == config.rounds
                 due = engine.round % config.eval_every == 0 or last
                 row |= engine.evaluate() if due else {"test_loss": None, "test_accuracy": None}
                 totals["time_s"] += time.perf_counter() - start
-                if writer is not None and progress is not None:
-                    row = {"round": row.pop("round"), "time_s": totals["time_s"], **row}
-                    writer.write(row)
-                    progress.update(row)
-                    for line in engine.dropped:
-                        progress.note(f"{line}: left out")
+                if log is not None:
+                    log.write({"round": engine.round, "time_s": totals["time_s"], **row})
                 if engine.round % config.checkpoint_every == 0 or last or engine.stop_agreed:
-                    checkpoint.save(checkpoints, engine, fingerprint, totals, config.keep_checkpoints)
-                if engine.stop_agreed and not last:
-                    stopped_by = next(number for numbers in collectives.gather(received) for number in numbers)
-                    if progress is not None:
-                        name = signal.Signals(stopped_by).name
-                        progress.note(f"stopped by {name} after round {engine.round}; continue with --resume")
-                    break
+                    checkpoint.save(checkpoints, engine, fingerprint(config), totals, config.keep_checkpoints)
+            collectives.agree(lambda: log.check() if log is not None else None)
+            if engine.round < config.rounds:
+                stopped_by = next(number for numbers in collectives.gather(received) for number in numbers)
+                if log is not None:
+                    name = signal.Signals(stopped_by).name
+                    log.progress.note(f"stopped by {name} after round {engine.round}; continue with --resume")
         finally:
-            if writer is not None and progress is not None:
-                progress.close()
-                writer.close()
+            if log is not None:
+                log.close()
         # Nobody leaves before the leader is done: launchers end all ranks when one exits as stopped.
-        _agree(collectives, lambda: _finish(config, data, engine) if leader else None)
+        collectives.agree(lambda: _finish(config, data, engine) if leader else None)
     return Outcome(config.run_dir, engine.round, stopped_by)
 
 
-def load_model(run_dir: Path) -> nn.Module:
-    """The trained model of a run, rebuilt from `model.json` and `model.safetensors`.
+class _Log:
+    """The leader's metrics file and progress line.
 
-    Example:
-        `model = load_model(Path("runs/digits-fedmuon")); logits = model(images)`
+    A full disk must end all ranks together: `write` asks for a stop at the next round, and `check` then raises.
     """
-    saved = json.loads((run_dir / "model.json").read_text())
-    config = load(run_dir / "config.yaml", {})
-    module = config.model.build(saved["kind"], tuple(saved["input_shape"]), saved["classes"])
-    module.load_state_dict(load_file(run_dir / "model.safetensors"), strict=False)
-    return module.eval()
 
+    def __init__(self, config: Config, engine: Engine, notes: list[str]) -> None:
+        self._engine = engine
+        self._writer = MetricsWriter(config.run_dir)
+        self._writer.truncate_after(engine.round)
+        self._failure: OSError | None = None
+        self.progress = Progress(config.rounds, first_round=engine.round)
+        for note in notes:
+            self.progress.note(note)
 
-def _open_run(config: Config, data: Dataset, partition: Partition, resume: bool) -> None:
-    """Create the run folder and what describes the run before its first round."""
-    run_dir = config.run_dir
-    files = {
-        "config.yaml": yaml.safe_dump(resolved(config), sort_keys=False),
-        "environment.json": json.dumps(environment(), indent=1),
-        "partition.json": json.dumps(_partition_facts(data, partition)),
-    }
-    try:
-        if not resume and any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints")):
-            raise ConfigError(
-                f"run_dir: {run_dir} already holds a run; continue it with --resume or choose another name"
-            )
-        run_dir.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (run_dir / f".{name}").write_text(text)
-            os.replace(run_dir / f".{name}", run_dir / name)
-    except OSError as error:
-        raise ConfigError(f"run_dir: cannot write to {run_dir}: {error}") from None
+    def write(self, row: dict[str, Any]) -> None:
+        try:
+            self._writer.write(row)
+        except OSError as error:
+            self._failure = self._failure or error
+            self._engine.stop_requested = True
+        self.progress.update(row)
+        for line in self._engine.dropped:
+            self.progress.note(f"{line}: left out")
 
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
-def _partition_facts(data: Dataset, partition: Partition) -> dict[str, Any]:
-    labels = data.labels.numpy()
-    classes = int(labels.max()) + 1
-    shown = range(min(len(partition), PARTITION_SHOWN))
-    return {
-        "clients": len(partition),
-        "samples": int(partition.offsets[-1]),
-        "classes": classes,
-        "sizes": partition.sizes[:PARTITION_SHOWN].tolist(),
-        "histogram": [np.bincount(labels[partition[i]], minlength=classes).tolist() for i in shown],
-    }
+    def close(self) -> None:
+        self.progress.close()
+        self._writer.close()
 
 
 def _finish(config: Config, data: Dataset, engine: Engine) -> None:
-    """Write the model and the report."""
-    tensors = {name: value.detach().cpu().clone() for name, value in engine.named_parameters().items()}
-    temporary = config.run_dir / ".model.safetensors"
-    save_file(tensors, temporary)
-    os.replace(temporary, config.run_dir / "model.safetensors")
-    facts = {"kind": data.kind, "input_shape": data.input_shape, "classes": data.classes, "rounds": engine.round}
-    (config.run_dir / "model.json").write_text(json.dumps({**facts, "model": resolved(config.model)}, indent=1))
+    save_model(config, data, engine.named_parameters(), engine.round)
     from .report import write_report  # matplotlib is only needed once, on one rank, at the end
 
     write_report([config.run_dir], config.run_dir / "report.html")
-
-
-def _agree(collectives: Collectives, step: Callable[[], T]) -> T:
-    """Run a step; if it fails on one rank, every rank raises the same error."""
-    outcome: Any = None
-    failure = None
-    try:
-        outcome = step()
-    except (ValueError, OSError) as error:
-        failure = error
-    for other in collectives.gather(failure):
-        if other is not None:
-            raise other
-    return outcome
 
 
 @contextmanager

@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="${PYTHON:-python3}"
 VENV="${VENV:-$PWD/.venv}"
 
-prepare_environment() {  # extras of the package, such as "hf" or "dev"
+prepare_environment() {  # extras of the package, such as "hf,dev"
     if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         echo "error: $PYTHON is $("$PYTHON" --version 2>&1 || true), expected Python 3.11 or newer; set PYTHON=..." >&2
         exit 2
@@ -23,7 +23,7 @@ prepare_environment() {  # extras of the package, such as "hf" or "dev"
     source "$VENV/bin/activate"
     python -m pip install --quiet --upgrade pip setuptools wheel
     python -c 'import torch' 2>/dev/null || python -m pip install --quiet "${TORCH:-torch==2.13.0}"
-    python -m pip install --quiet --no-build-isolation --editable ".[$1]"
+    python -m pip install --quiet --no-build-isolation --editable ".${1:+[$1]}"
     # Parallelism comes from ranks; more threads than cores would only fight each other.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }

@@ -2,7 +2,7 @@
 # From a fresh machine to a report: FedAvg and FedMuon on scikit-learn's digits, two ranks each. Takes a few minutes the
 # first time, about one afterwards; every call makes a new folder of runs.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-prepare_environment hf
+prepare_environment
 
 runs="runs/quickstart-$(date +%Y%m%d-%H%M%S)"
 for algorithm in fedavg fedmuon; do

@@ -7,13 +7,15 @@ a ring all-reduce of n bytes moves 2(W−1)n in all, a broadcast (W−1)n, a poi
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Collectives:
@@ -102,6 +104,19 @@ class Collectives:
             for request in dist.batch_isend_irecv(operations):
                 request.wait()
 
+    def agree(self, step: Callable[[], T]) -> T:
+        """Run a step; where it fails on one rank, every rank raises that error, so that none waits for the others."""
+        outcome: Any = None
+        failure: Exception | None = None
+        try:
+            outcome = step()
+        except (ValueError, OSError, RuntimeError) as error:
+            failure = error
+        for other in self.gather(failure):
+            if other is not None:
+                raise other
+        return outcome
+
     def gather(self, value: Any) -> list[Any]:
         """A small picklable value of every rank, in rank order; for agreement and errors, never for payloads."""
         if self.world_size == 1:
@@ -118,6 +133,8 @@ def join(device: torch.device, timeout_s: float = 600.0) -> Collectives:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        # NCCL wants all ranks in its first operation, and a move of client state has two of them.
+        dist.all_reduce(torch.zeros(1, device=device))
     return Collectives()
 
 

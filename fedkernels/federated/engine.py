@@ -24,8 +24,8 @@ from .schedule import LrSchedule, assign_blocks, learning_rate, place, sample_co
 from .store import ClientStore
 
 EVAL_BATCH = 256
-# The engine's own numbers in the bucket, before one slot of busy seconds per rank and one of work per rank.
-LOSS_SUM, LOSS_COUNT, CLIENTS, DROPPED, STOP = range(5)
+# The engine's own numbers in the bucket; busy seconds of every rank and work of every rank follow.
+LOSS_SUM, LOSS_COUNT, CLIENTS, DROPPED, STOP, N_SLOTS = range(6)
 
 
 class NonFiniteUpdateError(FloatingPointError):
@@ -156,7 +156,7 @@ class Engine:
         self._gradients = x.new_empty(0, self.layout.d)
         self._sliced = any(wire.only_block for wire in self.wires.values())
         self._aggregator = Aggregator(
-            self.wires, self.layout, x, getattr(torch, settings.reduce_dtype), 5 + 2 * self.collectives.world_size
+            self.wires, self.layout, x, getattr(torch, settings.reduce_dtype), N_SLOTS + 2 * self.collectives.world_size
         )
         self._evaluator: Evaluator | None = None
         self.choice: Choice | None = None
@@ -239,8 +239,8 @@ class Engine:
         slots = aggregator.slots
         slots[DROPPED] = len(bad)
         slots[STOP] = float(self.stop_requested)
-        slots[5 + rank] = time.perf_counter() - busy_start
-        slots[5 + world + rank] = sum(costs[p] for p in mine)
+        slots[N_SLOTS + rank] = time.perf_counter() - busy_start
+        slots[N_SLOTS + world + rank] = sum(costs[p] for p in mine)
         holders = [
             [w for w in range(world) if any(blocks[p] == b for p in placed[w])] for b in range(self.layout.n_blocks)
         ]

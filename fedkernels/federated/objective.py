@@ -37,17 +37,19 @@ class Objective:
         # Convolutions run faster on channels-last activations; a patch projection is a matrix product in disguise.
         convolutions = [child for child in module.modules() if isinstance(child, nn.Conv2d)]
         self.channels_last = any(child.kernel_size != child.stride for child in convolutions)
-        self._inputs = self._place(data.train_inputs)
+        self._memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        self._inputs = data.train_inputs.to(device)
         self._targets = data.train_targets.to(device)
-        self._test_inputs = self._place(data.test_inputs)
+        self._test_inputs = data.test_inputs.to(device)
         self._test_targets = data.test_targets.to(device)
         if self.kind == "image":
             std = torch.tensor(data.std, dtype=self.dtype, device=device)
             mean = torch.tensor(data.mean, dtype=self.dtype, device=device)
             # Whole images rather than one number a channel: the product then runs over contiguous memory.
             shape = self._inputs[:1].shape
-            self._scale = self._place((1 / (255 * std)).view(-1, 1, 1).expand(shape))
-            self._shift = self._place((-mean / std).view(-1, 1, 1).expand(shape))
+            scale, shift = (1 / (255 * std)).view(-1, 1, 1), (-mean / std).view(-1, 1, 1)
+            self._scale = scale.expand(shape).contiguous(memory_format=self._memory_format)
+            self._shift = shift.expand(shape).contiguous(memory_format=self._memory_format)
 
     @property
     def test_samples(self) -> int:
@@ -60,7 +62,7 @@ class Objective:
             crops: `[C, b, 3]` rows and columns of the crop in the padded image, and whether to flip; None for none.
         """
         flat = indices.flatten()
-        images = self._select(flat)
+        images = self._inputs.index_select(0, flat)
         if crops is not None:
             images = _crop_and_flip(images, crops.flatten(0, 1))
         inputs = self._prepare(images).unflatten(0, indices.shape)
@@ -70,21 +72,11 @@ class Objective:
         """Inputs `[b, ...]` and targets of test samples."""
         return self._prepare(self._test_inputs[part]), self._test_targets[part].long()
 
-    def _place(self, inputs: Tensor) -> Tensor:
-        """On the device, in the memory format that the model reads, so that no batch needs converting."""
-        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        return inputs.to(self.device).contiguous(memory_format=memory_format)
-
-    def _select(self, flat: Tensor) -> Tensor:
-        if self.channels_last:
-            return self._inputs.movedim(1, -1).index_select(0, flat).movedim(-1, 1)
-        return self._inputs.index_select(0, flat)
-
     def _prepare(self, raw: Tensor) -> Tensor:
         if self.kind != "image":
             return raw.long()
-        images = torch.addcmul(self._shift, raw.to(self.dtype), self._scale)
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+        images = raw.to(self.dtype, memory_format=self._memory_format)
+        return torch.addcmul(self._shift, images, self._scale)
 
     def loss(
         self, forward: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, weights: Tensor | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -101,7 +102,10 @@ class ClientStore:
             return torch.empty(shape, dtype=self._dtype)
         self._directory.mkdir(parents=True, exist_ok=True)
         file = self._directory / f"page-{len(self._pages):06d}"
-        file.unlink(missing_ok=True)
+        n_bytes = shape[0] * shape[1] * self._dtype.itemsize
+        with file.open("wb") as handle:
+            # A full disk is an error here; written through a mapping it would be a bus error.
+            os.posix_fallocate(handle.fileno(), 0, n_bytes)
         mapped = torch.from_file(str(file), shared=True, size=shape[0] * shape[1], dtype=self._dtype).view(shape)
         # The mapping keeps the pages alive; without a name they vanish with the process instead of littering the run.
         file.unlink()

@@ -56,7 +56,7 @@ def write_run(tmp_path: Path) -> WriteRun:
         (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (run_dir / "environment.json").write_text(json.dumps({"python": "3.11.0", "devices": ["cpu"], "cuda": None}))
         histogram = [[5, 0, 1], [0, 7, 0], [2, 2, 2]]
-        facts = {"clients": 3, "samples": 19, "classes": 3, "sizes": [6, 7, 6], "histogram": histogram}
+        facts = {"clients": 3, "samples": 19, "histogram": histogram}
         (run_dir / "partition.json").write_text(json.dumps(facts))
         return run_dir
 

@@ -269,9 +269,7 @@ def test_only_metrics_or_only_a_configuration_is_enough(write_run: WriteRun, row
 
 def test_only_drawn_clients_are_described(write_run: WriteRun, rows: Rows) -> None:
     run = write_run("a", rows([0.5]))
-    (run / "partition.json").write_text(
-        '{"clients": 1000, "samples": 12345, "classes": 2, "histogram": [[1, 2], [4, 0]]}'
-    )
+    (run / "partition.json").write_text('{"clients": 1000, "samples": 12345, "histogram": [[1, 2], [4, 0]]}')
     words = page_of([run]).words
     assert "1,000 clients hold 12,345 samples. Each of the first 2, drawn here, has 3 to 4, median 3.5," in words
 

@@ -1,0 +1,126 @@
+"""What a run leaves in its folder beside metrics and checkpoints: what it was, and the model it ended with."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .checkpoint import differences
+from .config import Config, ConfigError, choice, load, resolved
+from .data.datasets import Dataset
+from .data.partition import Partition
+from .metrics import environment
+from .models import MODELS
+
+PARTITION_SHOWN = 200
+# Keys that may differ between a run and its continuation: a change of them is no other experiment.
+FREE_KEYS = {
+    "run_dir",
+    "device",
+    "threads",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "store_memory_bytes",
+    "on_nonfinite",
+}
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """The keys in which a continuation must equal the run."""
+    # Only the cosine schedule depends on how many rounds there will be; other runs may be prolonged.
+    free = FREE_KEYS if config.schedule == "cosine" else FREE_KEYS | {"rounds"}
+    return {key: value for key, value in resolved(config).items() if key not in free}
+
+
+def open_run(config: Config, data: Dataset, partition: Partition, *, resume: bool) -> None:
+    """Create the folder, or check that a resumed run is the one in it, and write what the run is.
+
+    Args:
+        partition: training samples of each client, summed up in `partition.json`.
+        resume: the folder may hold this run already.
+
+    Raises:
+        ConfigError: the folder holds a run, or on resume another one, or cannot be written.
+    """
+    run_dir = config.run_dir
+    files = {
+        "config.yaml": yaml.safe_dump(resolved(config), sort_keys=False),
+        "environment.json": json.dumps(environment(), indent=1),
+        "partition.json": json.dumps(_partition_facts(data, partition)),
+    }
+    try:
+        there = any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+        if there and not resume:
+            raise ConfigError(
+                f"run_dir: {run_dir} already holds a run; continue it with --resume or choose another name"
+            )
+        if (run_dir / "config.yaml").exists():
+            before = fingerprint(load(run_dir / "config.yaml", {}))
+            if changed := differences(before, fingerprint(config)):
+                raise ConfigError(f"run_dir: {run_dir} holds another run: {'; '.join(changed)}; choose another name")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            _replace(run_dir / name, text)
+    except OSError as error:
+        raise ConfigError(f"run_dir: cannot write to {run_dir}: {error}") from None
+
+
+def save_model(config: Config, data: Dataset, parameters: dict[str, Tensor], rounds: int) -> None:
+    """Write the model as `model.safetensors` and, in `model.json`, how to build it."""
+    tensors = {name: value.detach().cpu().clone() for name, value in parameters.items()}
+    temporary = config.run_dir / ".model.safetensors"
+    save_file(tensors, temporary)
+    os.replace(temporary, config.run_dir / "model.safetensors")
+    facts = {
+        "model": resolved(config)["model"],
+        "kind": data.kind,
+        "input_shape": data.input_shape,
+        "classes": data.classes,
+        "rounds": rounds,
+    }
+    _replace(config.run_dir / "model.json", json.dumps(facts, indent=1))
+
+
+def load_model(folder: Path) -> nn.Module:
+    """The trained model of a run, rebuilt from `model.json` and `model.safetensors` alone.
+
+    Raises:
+        FileNotFoundError: one of the two is not there.
+        ValueError: their parameters do not fit together.
+
+    Example:
+        `model = load_model(Path("runs/digits-fedmuon")); logits = model(images)`
+    """
+    facts = json.loads((folder / "model.json").read_text())
+    config = choice(MODELS, facts["model"], "model")
+    module: nn.Module = config.build(facts["kind"], tuple(facts["input_shape"]), facts["classes"])
+    missing, unknown = module.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    # A tied parameter goes by several names in a state dict, and is saved under its first.
+    if absent := unknown + [name for name, _ in module.named_parameters() if name in missing]:
+        raise ValueError(f"{folder}: model.json and model.safetensors differ in {', '.join(absent)}")
+    return module.eval()
+
+
+def _partition_facts(data: Dataset, partition: Partition) -> dict[str, Any]:
+    labels = data.labels.numpy()
+    classes = int(labels.max()) + 1
+    shown = range(min(len(partition), PARTITION_SHOWN))
+    return {
+        "clients": len(partition),
+        "samples": int(partition.offsets[-1]),
+        "histogram": [np.bincount(labels[partition[i]], minlength=classes).tolist() for i in shown],
+    }
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -20,6 +20,7 @@ from fedkernels import checkpoint
 from fedkernels.algorithms import ALGORITHMS
 from fedkernels.cli import main
 from fedkernels.federated.engine import Engine
+from fedkernels.metrics import MetricsWriter
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -143,6 +144,39 @@ def test_resume_without_a_checkpoint_starts_over(copied: Runs, capsys: pytest.Ca
     assert copied.train("died", "--resume") == 0
     assert capsys.readouterr().out.startswith(f"no checkpoint in {copied / 'died' / 'checkpoints'}: starting from")
     copied.assert_same("four", "died")
+
+
+def test_resume_in_the_folder_of_another_run_is_refused(copied: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(copied / "four" / "checkpoints")
+    before = snapshot(copied / "four")
+    assert copied.train("four", "--resume", "--lr", "0.2", "--device=cpu") == 2
+    assert "holds another run: lr was 0.1, now 0.2; choose another name" in capsys.readouterr().err
+    assert snapshot(copied / "four") == before
+
+
+def test_what_a_kill_left_half_written_is_removed(copied: Runs) -> None:
+    part = copied / "four" / "checkpoints" / ".partial-round-000003"
+    part.mkdir()
+    (part / "clients-0-0.safetensors").write_bytes(b"half")
+    assert copied.train("four", "--rounds", "5", "--resume") == 0
+    assert not part.exists()
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_metrics_that_cannot_be_written_end_the_run_after_a_checkpoint(
+    runs: Runs, at: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = MetricsWriter.write
+
+    def full_disk(writer: MetricsWriter, row: dict[str, float]) -> None:
+        if row["round"] >= at:
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+        write(writer, row)
+
+    monkeypatch.setattr(MetricsWriter, "write", full_disk)
+    assert runs.train("a", "--checkpoint_every", "100") == 1
+    assert "No space left on device: 'metrics.jsonl'" in capsys.readouterr().err
+    assert runs.checkpoints("a") == [f"round-{min(at + 1, 4):06d}"]
 
 
 def test_a_torn_row_is_dropped(copied: Runs) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from cli.small_runs import TIMED, Runs
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedkernels.cli import main
@@ -108,6 +109,22 @@ def test_the_model_is_the_last_server_x(run: Runs) -> None:
     flat = torch.cat([value.flatten() for value in saved.values()])
     assert torch.equal(x.sort().values, flat.sort().values)
     assert not model.training
+
+
+def test_the_model_needs_its_own_two_files_only(run: Runs, tmp_path: Path) -> None:
+    for name in ("model.json", "model.safetensors"):
+        shutil.copy(run / "a" / name, tmp_path)
+    assert torch.equal(load_model(tmp_path).head.weight, run.weights("a")["head.weight"])
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+def test_a_model_of_other_parameters_is_refused(run: Runs, tmp_path: Path, change: str) -> None:
+    shutil.copy(run / "a" / "model.json", tmp_path)
+    weights = run.weights("a")
+    weights["other"] = weights.pop("head.bias") if change == "missing" else torch.zeros(2)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="differ in other" + (", head.bias" if change == "missing" else "")):
+        load_model(tmp_path)
 
 
 def test_the_model_scores_what_the_last_row_says(run: Runs) -> None:

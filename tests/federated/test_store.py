@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -132,3 +133,16 @@ def test_dtype_and_width(tmp_path: Path) -> None:
     assert store.width == 4
     assert store.get([0])["c"].dtype == torch.float32
     assert torch.equal(store.get([0])["c"][0], torch.full((4,), 0.1))
+
+
+def test_a_page_that_the_disk_does_not_hold_is_an_error(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    store = make(tmp_path, pages_in_memory=0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            store.put([1], vectors(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    store.put([1], vectors(1))
+    assert_holds(store, [1], vectors(1))

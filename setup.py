@@ -29,7 +29,7 @@ extras["dev"] += extras["hf"] + extras["tensorboard"]
 setup(
     name="fedkernels",
     version=version,
-    description="Multi-node federated training on torch.distributed, with custom kernels",
+    description="Multi-node federated training on torch.distributed",
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,3 +1,3 @@
-"""Federated training on torch.distributed: declared algorithms over flat vectors, client groups, custom kernels."""
+"""Federated training on torch.distributed: declared algorithms over flat vectors, ranks as groups of clients."""
 
 __version__ = "0.1.0"

@@ -91,7 +91,7 @@ class Config:
         weighting: of clients in the mean.
         clip_norm: l2 norm each mini-batch gradient is clipped to; .inf for none.
         precision: bf16 computes under autocast, vectors stay float32.
-        evaluator: how gradients of several clients are computed.
+        evaluator: how gradients are computed; auto measures loop and batched, compiled takes its minute only when asked.
         clients_per_batch: clients a rank trains at once; null lets the evaluator decide.
         placement: balance ranks by estimated work, or also by measured speed.
         reduce_dtype: of sums over clients; float64 hides rank count and order, float32 halves link bytes.

@@ -91,7 +91,7 @@ class Config:
         weighting: of clients in the mean.
         clip_norm: l2 norm each mini-batch gradient is clipped to; .inf for none.
         precision: bf16 computes under autocast, vectors stay float32.
-        evaluator: how gradients are computed; auto measures loop and batched, compiled takes its minute only when asked.
+        evaluator: how gradients are computed; auto measures loop and batched, compiled has to be asked for.
         clients_per_batch: clients a rank trains at once; null lets the evaluator decide.
         placement: balance ranks by estimated work, or also by measured speed.
         reduce_dtype: of sums over clients; float64 hides rank count and order, float32 halves link bytes.
@@ -195,8 +195,7 @@ def resolved(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         table = CHOICES.get(hints[field.name])
         if table is not None:
-            name = next(name for name, cls in table.items() if cls is type(value))
-            value = {"name": name, **resolved(value)}
+            value = {"name": _name_of(value, table), **resolved(value)}
         elif isinstance(value, Path):
             value = str(value)
         elif isinstance(value, tuple):
@@ -221,11 +220,15 @@ def describe(cls: type) -> list[tuple[str, str, str]]:
             table = CHOICES[hints[field.name]]
             shown = "a name of " + ", ".join(table)
             if default != "required":
-                default = next(name for name, choice in table.items() if choice is type(default))
+                default = _name_of(default, table)
         else:
             shown = _type_text(hints[field.name])
         rows.append((field.name, shown, str(default)))
     return rows
+
+
+def _name_of(chosen: Any, table: Mapping[str, type]) -> str:
+    return next(name for name, cls in table.items() if cls is type(chosen))
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -252,7 +255,10 @@ def _make(cls: Any, tree: Mapping[Any, Any], where: str) -> Any:
     values = {}
     for name, field in fields.items():
         if name in tree:
-            values[name] = _value(hints[name], tree[name], f"{where}{name}")
+            value, table = tree[name], CHOICES.get(hints[name])
+            if table and isinstance(value, dict) and field.default is not dataclasses.MISSING:
+                value = {"name": _name_of(field.default, table), **value}
+            values[name] = _value(hints[name], value, f"{where}{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}{name}: missing; expected {_type_text(hints[name])}")
     return cls(**values)

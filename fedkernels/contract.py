@@ -7,7 +7,7 @@ Everything else (sampling, placement, batching, collectives, byte counts, checkp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -25,6 +25,10 @@ class Wire:
         reduce: `mean` over the cohort (weighted when the run weights clients) or `sum`.
         only_block: the client sends its own block and the shared block only; the mean of a block is over the clients
             that were assigned that block, and the collective moves only those slices. Needs `like="params"`.
+
+    Example:
+        >>> Wire("scalar").size(Layout.of(nn.Linear(3, 2)))
+        1
     """
 
     like: Literal["params", "matrices", "scalar"] | int = "params"
@@ -37,16 +41,50 @@ class Wire:
         return self.like if isinstance(self.like, int) else named[self.like]
 
 
-class Vectors(dict[str, Tensor]):
-    """Named flat tensors, read and written as attributes: `s.x`, `k.c_i`, `agg.delta`.
+class Vectors(MutableMapping[str, Tensor]):
+    """Named flat tensors, read and written as attributes or items: `s.x`, `k.c_i`, `agg["delta"]`.
 
-    A read-only set raises on writes, and asking for a name that is not there says what is.
+    Args:
+        tensors: by name, taken over without a copy.
+        what: whose they are, for error messages.
+        read_only: whether names keep their tensors; what the tensors hold is not guarded here.
+
+    Raises:
+        AttributeError: a name that is not there was read as an attribute, or a read-only set was written to.
+
+    Example:
+        >>> import torch
+        >>> k = Vectors({"c_i": torch.zeros(2)})
+        >>> k.c_i = k.c_i + 1
+        >>> k["c_i"].tolist()
+        [1.0, 1.0]
     """
 
+    _tensors: dict[str, Tensor]
+    _what: str
+    _read_only: bool
+
     def __init__(self, tensors: Mapping[str, Tensor], *, what: str = "state", read_only: bool = False) -> None:
-        super().__init__(tensors)
+        object.__setattr__(self, "_tensors", dict(tensors))
         object.__setattr__(self, "_what", what)
         object.__setattr__(self, "_read_only", read_only)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self._check_writable(name)
+        self._tensors[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        self._check_writable(name)
+        del self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
     def __getattr__(self, name: str) -> Tensor:
         try:
@@ -55,9 +93,11 @@ class Vectors(dict[str, Tensor]):
             raise AttributeError(f"{self._what} has no {name!r}; it has {', '.join(self) or 'nothing'}") from None
 
     def __setattr__(self, name: str, value: Tensor) -> None:
-        if self._read_only:
-            raise AttributeError(f"{self._what} is read-only: {name!r} was assigned; return it on a wire instead")
         self[name] = value
+
+    def _check_writable(self, name: str) -> None:
+        if self._read_only:
+            raise AttributeError(f"{self._what}: {name!r} is read-only; return a new value instead of writing to it")
 
 
 @dataclass(frozen=True)
@@ -66,7 +106,8 @@ class Round:
 
     Args:
         index: the round, from 0.
-        cohort: clients whose updates count, S; the real number, also under Poisson sampling or after a drop.
+        cohort: S. Clients see how many were sampled (under Poisson sampling the number drawn, not its expectation); the
+            server sees how many of those count, which is fewer after a drop.
         population: all clients, N.
         steps: the nominal number of local steps, K.
         lr: the client learning rate η_r, constant inside a round.
@@ -126,7 +167,8 @@ class Task(Protocol):
 class LocalOptimizer(Protocol):
     """A transform from gradients to update directions, with per-client state.
 
-    `shared` names the state that a preconditioner-aligning algorithm averages.
+    Attributes:
+        shared: names of the state that a preconditioner-aligning algorithm averages.
     """
 
     shared: ClassVar[tuple[str, ...]]
@@ -136,12 +178,17 @@ class LocalOptimizer(Protocol):
         ...
 
     def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout) -> Tensor:
-        """The direction `P(g) [C, d]`, so that `y ← y − η P(g)`; `state` is updated in place, `g` may be reused.
+        """The direction `P(g) [C, d]`, so that `y ← y − η P(g)`.
+
+        `state` is updated in place and `g` may be reused. The caller may overwrite the result, so it shares no memory
+        with `state` or `y`.
 
         Args:
+            state: as `init` made it, changed by earlier steps.
             g: gradients `[C, d]`.
             y: parameters `[C, d]`, for decoupled weight decay.
             k: the local step, from 1.
+            layout: of the flat vectors.
         """
         ...
 
@@ -163,7 +210,11 @@ class Algorithm(ABC):
         return ()
 
     def layout(self, module: nn.Module, roles: Mapping[str, Role] | None = None) -> Layout:
-        """The flat layout this algorithm wants: how many blocks, what is shared, which parameters are matrices."""
+        """The flat layout this algorithm wants: how many blocks, what is shared, which parameters are matrices.
+
+        Raises:
+            ValueError: a model that this algorithm cannot train.
+        """
         return Layout.of(module, roles)
 
     @abstractmethod
@@ -181,6 +232,7 @@ class Algorithm(ABC):
         Args:
             s: the `down` vectors, `[d]` each, read-only.
             k: the `keep` vectors, `[C, d]` each; assign to keep a new value.
+            task: the clients' batches and gradients.
 
         Returns:
             Exactly the `up` wires, `[C, size]` each.
@@ -188,4 +240,10 @@ class Algorithm(ABC):
 
     @abstractmethod
     def server(self, s: Vectors, agg: Vectors, r: Round) -> dict[str, Tensor]:
-        """The server entries that change, from the aggregated wires."""
+        """The server entries that change.
+
+        Args:
+            s: the server state.
+            agg: the aggregated wires, `[size]` each, read-only.
+            r: the round, with the number of clients that count.
+        """

@@ -11,14 +11,19 @@ class Purpose(IntEnum):
     """What a stream of random numbers is for; two purposes never share a stream."""
 
     MODEL = 1
-    PARTITION = 2
+    PARTITION = 0x9A7717
     COHORT = 3
     BATCHES = 4
     BLOCKS = 5
 
 
 def stream(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:
-    """The generator for one purpose and index, such as (round, client).
+    """The generator for one purpose and index.
+
+    Args:
+        seed: of the run, not negative.
+        purpose: what is drawn.
+        index: which draw, such as round and client.
 
     Example:
         >>> bool(stream(0, Purpose.COHORT, 3).random() == stream(0, Purpose.COHORT, 3).random())

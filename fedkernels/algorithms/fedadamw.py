@@ -1,8 +1,4 @@
-"""FedAdamW: AdamW clients with a global direction and a shared, block-averaged second moment.
-
-FedAdamW: A communication-efficient optimizer with convergence and generalization guarantees for federated large
-models, 2025 (arXiv 2510.27486).
-"""
+"""FedAdamW: AdamW clients with a global direction and a shared, block-averaged second moment."""
 
 from __future__ import annotations
 
@@ -23,10 +19,21 @@ from ..optim import AdamW
 class FedAdamW(Algorithm):
     """Clients start from the mean second moment v̄ of the last cohort and add α times the global direction G.
 
+    Clients from `v = v̄` in every block: `m ← β₁m + (1−β₁)g`, `v ← β₂v + (1−β₂)g²`,
+    `y ← y − η(m̂/(√v̂ + ε) + αG + λy)` with `m̂ = m/(1−β₁^k)` and `v̂ = v/(1−β₂^(rK+k))`.
+    Server `x ← x + Δ̄`, `G = −Δ̄/(Kη)`, `v̄ = mean v` over clients and blocks.
+
     Args:
-        alpha: weight of the global direction; the local term is not scaled by 1 − α.
+        alpha: α, weight of the global direction; the local term is not scaled by 1 − α.
+        beta1: β₁, decay of the first moment.
+        beta2: β₂, decay of the second moment.
+        eps: ε.
+        weight_decay: λ, decoupled.
         second_moment: what of v travels: `hessian` one value per curvature block, `tensor` one per tensor, `full` all
             of it, `none` nothing (v restarts at zero).
+
+    Reference: FedAdamW: A communication-efficient optimizer with convergence and generalization guarantees for
+    federated large models, 2025 (arXiv 2510.27486).
     """
 
     alpha: Annotated[float, Field(ge=0)] = 0.5

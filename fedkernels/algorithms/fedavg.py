@@ -1,9 +1,4 @@
-"""FedAvg, FedProx and FedAvgM.
-
-McMahan et al., Communication-efficient learning of deep networks from decentralized data, 2017 (arXiv 1602.05629);
-Li et al., Federated optimization in heterogeneous networks, 2020 (arXiv 1812.06127);
-Hsu et al., Measuring the effects of non-identical data distribution, 2019 (arXiv 1909.06335).
-"""
+"""FedAvg, FedProx and FedAvgM."""
 
 from __future__ import annotations
 
@@ -24,11 +19,17 @@ from ..optim import Sgd
 class FedAvg(Algorithm):
     """Average of local SGD; `prox_mu` makes it FedProx, `server_momentum` FedAvgM.
 
+    Clients `y ← y − η P(∇f_i(y) + μ(y − x))`; server `v ← γv + Δ̄`, `x ← x + η_g v`.
+
     Args:
-        local: the clients' optimizer, its state reset each round.
-        server_lr: the server's step on the averaged update.
-        prox_mu: FedProx's μ, adds μ(y − x) to every local gradient.
-        server_momentum: FedAvgM's γ, `v ← γv + Δ̄`.
+        local: the clients' optimizer P, its state reset each round.
+        server_lr: η_g, the server's step on the averaged update.
+        prox_mu: FedProx's μ.
+        server_momentum: FedAvgM's γ.
+
+    References: McMahan et al., Communication-efficient learning of deep networks from decentralized data, 2017
+    (arXiv 1602.05629); Li et al., Federated optimization in heterogeneous networks, 2020 (arXiv 1812.06127);
+    Hsu et al., Measuring the effects of non-identical data distribution, 2019 (arXiv 1909.06335).
     """
 
     local: LocalOptimizer = Sgd()

@@ -1,8 +1,4 @@
-"""FedBCGD: block coordinate updates, where a client uploads one block of the model.
-
-FedBCGD: Communication-efficient accelerated block coordinate gradient descent for federated learning,
-ACM MM 2024 (arXiv 2603.05116).
-"""
+"""FedBCGD: block coordinate updates, where a client uploads one block of the model."""
 
 from __future__ import annotations
 
@@ -24,12 +20,20 @@ from ..optim import Sgd
 class FedBcgd(Algorithm):
     """Clients train all parameters and send one block and the shared block; the server keeps momentum per block.
 
-    `v_b ← γv_b + Δ̄_b`, `x_b ← x_b + v_b`, with Δ̄_b the mean over the clients that were assigned block b.
+    Clients `y ← y − η P(∇f_i(y))`; server `v_b ← γv_b + Δ̄_b`, `x_b ← x_b + v_b`, with Δ̄_b the mean over the clients
+    that were assigned block b.
 
     Args:
+        local: the clients' optimizer P, its state reset each round.
         blocks: N_b, contiguous runs of layers balanced by parameter count.
         momentum: γ; 0 is the plain form.
         shared: name patterns of the shared block; None shares the output head.
+
+    Raises:
+        ValueError: the layout was asked for more blocks than the model has tensors, or for a pattern without a match.
+
+    Reference: FedBCGD: Communication-efficient accelerated block coordinate gradient descent for federated learning,
+    ACM MM 2024 (arXiv 2603.05116).
     """
 
     local: LocalOptimizer = Sgd()

@@ -1,8 +1,4 @@
-"""FedMuon: Muon clients with a shared momentum and a global direction.
-
-FedMuon: Accelerating federated learning with matrix orthogonalization, 2025 (arXiv 2510.27403). Two other methods
-bear the name: a bias-corrected linear-minimisation oracle with client state (arXiv 2509.26337) and arXiv 2510.03866.
-"""
+"""FedMuon: Muon clients with a shared momentum and a global direction."""
 
 from __future__ import annotations
 
@@ -18,20 +14,33 @@ from ..contract import Algorithm, Round, Task, Vectors, Wire
 from ..federated.local import run_local
 from ..layout import Layout, Role
 from ..optim import Muon
+from ..optim.muon import require_matrices
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedMuon(Algorithm):
     """Clients start from the mean momentum M̄ of the last cohort and mix α of the global direction G into each step.
 
+    Clients from `M = M̄`: `M ← βM + (1−β)g`, `O = ηₘ NS₅((1−β)g + βM)·√max(1, out/in)`,
     `y ← y − η[(1−α)(O + λy) + αG]`; embeddings, norms, biases and the head take AdamW in the place of O.
+    Server `x ← x + Δ̄`, `G = −Δ̄/(Kη)`, `M̄ = mean M`.
+
+    The paper's low-rank uplink of M and its Polar Express coefficients are not here yet.
 
     Args:
-        alpha: weight of the global direction.
-        beta: momentum.
-        lr_multiplier: learning rate of the matrices relative to `lr`, which trains the other parameters by AdamW.
+        alpha: α, weight of the global direction.
+        beta: β, momentum.
+        weight_decay: λ, decoupled.
+        lr_multiplier: ηₘ, learning rate of the matrices relative to `lr`, which trains the other parameters by AdamW.
         share_momentum: False restarts M at zero each round and sends none of it.
         route: `hidden` gives Muon the hidden weight matrices, `all_matrices` every tensor of two or more dimensions.
+
+    Raises:
+        ValueError: the layout was asked for a model without such a matrix.
+
+    Reference: FedMuon: Accelerating federated learning with matrix orthogonalization, 2025 (arXiv 2510.27403). Two
+    other methods bear the name: a bias-corrected linear-minimisation oracle with client state (arXiv 2509.26337) and
+    arXiv 2510.03866.
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -46,7 +55,7 @@ class FedMuon(Algorithm):
         return ("x", "G", "M_bar") if self.share_momentum else ("x", "G")
 
     def layout(self, module: nn.Module, roles: Mapping[str, Role] | None = None) -> Layout:
-        return Layout.of(module, roles, route=self.route)
+        return require_matrices(Layout.of(module, roles, route=self.route))
 
     def up(self, layout: Layout) -> dict[str, Wire]:
         delta = {"delta": Wire()}

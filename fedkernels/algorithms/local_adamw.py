@@ -1,7 +1,4 @@
-"""Local AdamW: the baseline that averages the parameters of AdamW clients.
-
-FedAvg of McMahan et al., 2017 (arXiv 1602.05629) around Loshchilov and Hutter, 2019 (arXiv 1711.05101).
-"""
+"""Local AdamW: the baseline that averages the parameters of AdamW clients."""
 
 from __future__ import annotations
 
@@ -19,7 +16,19 @@ from ..optim import AdamW
 
 @dataclass(frozen=True, kw_only=True)
 class LocalAdamW(Algorithm):
-    """AdamW at the clients with moments reset each round, plain averaging at the server."""
+    """AdamW at the clients with moments reset each round, plain averaging at the server.
+
+    Clients `m ← β₁m + (1−β₁)g`, `v ← β₂v + (1−β₂)g²`, `y ← y − η(m̂/(√v̂ + ε) + λy)`; server `x ← x + Δ̄`.
+
+    Args:
+        beta1: β₁, decay of the first moment.
+        beta2: β₂, decay of the second moment.
+        eps: ε.
+        weight_decay: λ, decoupled.
+
+    References: FedAvg of McMahan et al., 2017 (arXiv 1602.05629) around Loshchilov and Hutter, Decoupled weight decay
+    regularization, 2019 (arXiv 1711.05101).
+    """
 
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999

@@ -1,7 +1,4 @@
-"""Local Muon: the baseline that averages the parameters of Muon clients.
-
-FedAvg of McMahan et al., 2017 (arXiv 1602.05629) around Jordan et al., Muon, 2024.
-"""
+"""Local Muon: the baseline that averages the parameters of Muon clients."""
 
 from __future__ import annotations
 
@@ -16,16 +13,26 @@ from ..contract import Algorithm, Round, Task, Vectors, Wire
 from ..federated.local import run_local
 from ..layout import Layout, Role
 from ..optim import Muon
+from ..optim.muon import require_matrices
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalMuon(Algorithm):
     """Muon at the clients with momentum reset each round, plain averaging at the server.
 
+    Clients `M ← βM + (1−β)g`, `U = (1−β)g + βM`, `y ← y − η[ηₘ NS₅(U)·√max(1, out/in) + λy]`; server `x ← x + Δ̄`.
+
     Args:
-        beta: momentum.
-        lr_multiplier: learning rate of the matrices relative to `lr`, which trains the other parameters by AdamW.
+        beta: β, momentum.
+        weight_decay: λ, decoupled.
+        lr_multiplier: ηₘ, learning rate of the matrices relative to `lr`, which trains the other parameters by AdamW.
         route: `hidden` gives Muon the hidden weight matrices, `all_matrices` every tensor of two or more dimensions.
+
+    Raises:
+        ValueError: the layout was asked for a model without such a matrix.
+
+    References: FedAvg of McMahan et al., 2017 (arXiv 1602.05629) around Jordan et al., Muon, 2024
+    (https://kellerjordan.github.io/posts/muon/).
     """
 
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.98
@@ -34,7 +41,7 @@ class LocalMuon(Algorithm):
     route: Literal["hidden", "all_matrices"] = "hidden"
 
     def layout(self, module: nn.Module, roles: Mapping[str, Role] | None = None) -> Layout:
-        return Layout.of(module, roles, route=self.route)
+        return require_matrices(Layout.of(module, roles, route=self.route))
 
     def up(self, layout: Layout) -> dict[str, Wire]:
         return {"delta": Wire()}

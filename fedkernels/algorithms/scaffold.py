@@ -1,8 +1,4 @@
-"""SCAFFOLD: stochastic controlled averaging.
-
-Karimireddy et al., SCAFFOLD: Stochastic controlled averaging for federated learning, 2020 (arXiv 1910.06378),
-Algorithm 1 with option II for the control variates.
-"""
+"""SCAFFOLD: stochastic controlled averaging."""
 
 from __future__ import annotations
 
@@ -23,9 +19,17 @@ from ..optim import Sgd
 class Scaffold(Algorithm):
     """Control variates that cancel client drift; every client keeps `c_i`.
 
+    Clients `y ← y − η(∇f_i(y) − c_i + c)`, then `c_i⁺ = c_i − c + (x − y)/(Kη)`;
+    server `x ← x + η_g Δ̄`, `c ← c + (|S|/N)·mean(c_i⁺ − c_i)`.
+
+    The mean of Δ is weighted as the run says. That of c_i⁺ − c_i is not, so that `c` stays the plain mean of all c_i.
+
     Args:
         local: the clients' optimizer; plain SGD is the paper's, and the one for which `c_i` is a mean gradient.
         server_lr: the global step size η_g.
+
+    Reference: Karimireddy et al., SCAFFOLD: Stochastic controlled averaging for federated learning, 2020
+    (arXiv 1910.06378), Algorithm 1 with option II; the comments give its lines.
     """
 
     local: LocalOptimizer = Sgd()
@@ -35,7 +39,7 @@ class Scaffold(Algorithm):
     keep = ("c_i",)
 
     def up(self, layout: Layout) -> dict[str, Wire]:
-        return {"delta": Wire(), "delta_c": Wire()}
+        return {"delta": Wire(), "delta_c": Wire(reduce="sum")}
 
     def init(self, x: Tensor, layout: Layout) -> dict[str, Tensor]:
         return {"x": x.clone(), "c": torch.zeros_like(x)}
@@ -51,5 +55,5 @@ class Scaffold(Algorithm):
     def server(self, s: Vectors, agg: Vectors, r: Round) -> dict[str, Tensor]:
         return {
             "x": s.x + self.server_lr * agg.delta,  # line 16
-            "c": s.c + (r.cohort / r.population) * agg.delta_c,  # line 17
+            "c": s.c + agg.delta_c / r.population,  # line 17: |S|/N times the mean is the sum over N
         }

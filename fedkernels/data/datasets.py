@@ -8,11 +8,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,14 +63,18 @@ class Digits:
         test_fraction: share of every class that is held out; which samples those are never changes.
     """
 
-    test_fraction: float = 0.2
+    test_fraction: Fraction = 0.2
 
     def load(self) -> Dataset:
-        """Read the bundled images and hold out the test share of every class."""
+        """Read the bundled images and hold out the test share of every class.
+
+        Example:
+            >>> data = Digits().load()
+            >>> data.input_shape, data.classes, len(data.train_inputs) + len(data.test_inputs)
+            ((1, 8, 8), 10, 1797)
+        """
         from sklearn.datasets import load_digits
 
-        if not 0 < self.test_fraction < 1:
-            raise ValueError(f"test_fraction = {self.test_fraction}: expected a number between 0 and 1")
         bunch = load_digits()
         images = np.rint(bunch.images[:, None] * (255 / 16)).astype(np.uint8)
         targets = bunch.target.astype(np.int64)
@@ -83,26 +91,28 @@ class Synthetic:
     """Generated images of any size: a smooth random pattern per class under heavy noise.
 
     Args:
+        classes: patterns to tell apart.
         samples: training images; classes are balanced to within one.
         test_samples: test images, drawn alike.
-        size: height and width.
+        channels: of every image.
+        size: height and width, in pixels.
         seed: of the patterns and the noise.
     """
 
-    classes: int = 10
-    samples: int = 2000
-    test_samples: int = 500
-    channels: int = 3
-    size: int = 32
-    seed: int = 0
+    classes: Count = 10
+    samples: Count = 2000
+    test_samples: Count = 500
+    channels: Count = 3
+    size: Count = 32
+    seed: Annotated[int, Field(ge=0)] = 0
 
     def load(self) -> Dataset:
-        """Generate the images."""
-        for name in ("classes", "samples", "test_samples", "channels", "size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed = {self.seed}: expected a non-negative integer")
+        """Generate the images.
+
+        Example:
+            >>> Synthetic(samples=6, test_samples=2, size=4).load().train_inputs.shape
+            torch.Size([6, 3, 4, 4])
+        """
         rng = np.random.Generator(np.random.Philox(self.seed))
         # Patterns four times coarser than the image survive crops, pooling and patching.
         coarse = -(-self.size // 4)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
+
+from ..rng import Purpose, stream
 
 Ints = NDArray[np.int64]
-
-# Keeps partition draws apart from every other stream that derives from the run's seed.
-_PURPOSE = 0x9A7717
+Alpha = Annotated[float, Field(gt=0, lt=math.inf)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,29 +51,46 @@ class Partition:
 class Dirichlet:
     """Disjoint Dirichlet label skew: every sample used once, each class spread over clients by Dir(alpha).
 
-    For each class `c`, `q_c ~ Dir(alpha)` over clients, and client `i` gets the share `q_c[i]` of the class (Yurochkin
-    et al. 2019, arXiv:1905.12022). Clients left below `min_samples` are topped up from the largest ones.
+    For each class `c`, `q_c ~ Dir(alpha)` over clients, and client `i` gets the share `q_c[i]` of the class. Clients
+    left below `min_samples` are topped up from the largest ones.
 
     Args:
         alpha: concentration; towards 0 every class sits at one client, towards ∞ the split is IID.
         min_samples: what every client has at least.
+
+    Reference: Yurochkin et al., 2019 (arXiv 1905.12022).
     """
 
-    alpha: float = 0.6
-    min_samples: int = 1
+    alpha: Alpha = 0.6
+    min_samples: Annotated[int, Field(ge=0)] = 1
 
     def split(self, labels: np.ndarray, groups: np.ndarray | None, clients: int, seed: int) -> Partition:
-        """Assign the samples with these `labels [n]` to `clients`."""
-        n, alpha = len(labels), _positive(self.alpha, "alpha")
+        """Assign the samples with these `labels [n]` to `clients`.
+
+        Args:
+            labels: `[n]`, what the skew is over: a class, or a topic.
+            groups: `[n]`, natural clients; only `Natural` looks at them.
+            clients: N, at least 1.
+            seed: of the run, not negative.
+
+        Raises:
+            ValueError: fewer samples than `min_samples` for every client, or a client left with none.
+
+        Example:
+            >>> split = Dirichlet(alpha=0.5).split(np.arange(100) % 10, None, clients=4, seed=0)
+            >>> len(split), int(split.sizes.sum())
+            (4, 100)
+        """
+        n = len(labels)
         if clients * self.min_samples > n:
             raise ValueError(
                 f"{clients} clients with min_samples = {self.min_samples} need {clients * self.min_samples} samples, "
                 f"the training set has {n}"
             )
-        rng = _generator(seed, clients)
+        rng = stream(seed, Purpose.PARTITION)
         owner = np.empty(n, np.int64)
         for members in _by_class(labels):
-            shares = rng.dirichlet(np.full(clients, alpha))
+            shares = rng.dirichlet(np.full(clients, self.alpha))
             cuts = np.rint(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
             counts = np.diff(cuts, prepend=0, append=len(members))
             owner[rng.permutation(members)] = np.repeat(np.arange(clients), counts)
@@ -84,15 +103,28 @@ class Paper:
     """The papers' splitter: equal-sized clients filled from recycled class pools, so samples repeat or go unused.
 
     Client `j` draws `q_j ~ Dir(alpha)` over classes, then `n // clients` samples whose classes follow `q_j`; a class
-    pool that runs out is reshuffled and dealt again (Hsu et al. 2019, arXiv:1909.06335, but with recycling).
+    pool that runs out is reshuffled and dealt again.
+
+    Args:
+        alpha: concentration; towards 0 a client has one class, towards ∞ all alike.
+
+    Reference: Hsu et al., 2019 (arXiv 1909.06335), but with recycling.
     """
 
-    alpha: float = 0.6
+    alpha: Alpha = 0.6
 
     def split(self, labels: np.ndarray, groups: np.ndarray | None, clients: int, seed: int) -> Partition:
-        """Assign the samples with these `labels [n]` to `clients`."""
-        rng, alpha, pools = _generator(seed, clients), _positive(self.alpha, "alpha"), _by_class(labels)
-        counts = rng.multinomial(len(labels) // clients, rng.dirichlet(np.full(len(pools), alpha), clients))
+        """Assign the samples with these `labels [n]` to `clients`.
+
+        Raises:
+            ValueError: fewer samples than clients.
+
+        Example:
+            >>> Paper().split(np.arange(100) % 10, None, clients=4, seed=0).sizes.tolist()
+            [25, 25, 25, 25]
+        """
+        rng, pools = stream(seed, Purpose.PARTITION), _by_class(labels)
+        counts = rng.multinomial(len(labels) // clients, rng.dirichlet(np.full(len(pools), self.alpha), clients))
         dealt, owner = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for pool, count in zip(pools, counts.T, strict=True):
             decks = -(-int(count.sum()) // len(pool))
@@ -106,8 +138,16 @@ class Iid:
     """A uniformly random split in which client sizes differ by at most one."""
 
     def split(self, labels: np.ndarray, groups: np.ndarray | None, clients: int, seed: int) -> Partition:
-        """Assign the samples with these `labels [n]` to `clients`."""
-        order = _generator(seed, clients).permutation(len(labels))
+        """Assign the samples with these `labels [n]` to `clients`.
+
+        Raises:
+            ValueError: fewer samples than clients.
+
+        Example:
+            >>> sorted(Iid().split(np.zeros(7), None, clients=3, seed=0).sizes.tolist())
+            [2, 2, 3]
+        """
+        order = stream(seed, Purpose.PARTITION).permutation(len(labels))
         return _partition(order, np.repeat(np.arange(clients), _even(len(labels), clients)), clients)
 
 
@@ -115,14 +155,25 @@ class Iid:
 class Shards:
     """Pathological skew: samples sorted by label, cut in equal shards, a few shards dealt to each client.
 
-    McMahan et al. 2017, arXiv:1602.05629, section 3.
+    Args:
+        shards_per_client: shards each client is dealt, so about as many classes.
+
+    Reference: McMahan et al., 2017 (arXiv 1602.05629), section 3.
     """
 
-    shards_per_client: int = 2
+    shards_per_client: Annotated[int, Field(ge=1)] = 2
 
     def split(self, labels: np.ndarray, groups: np.ndarray | None, clients: int, seed: int) -> Partition:
-        """Assign the samples with these `labels [n]` to `clients`."""
-        rng, shards = _generator(seed, clients), clients * int(_positive(self.shards_per_client, "shards_per_client"))
+        """Assign the samples with these `labels [n]` to `clients`.
+
+        Raises:
+            ValueError: fewer samples than shards.
+
+        Example:
+            >>> Shards().split(np.arange(12) % 3, None, clients=3, seed=0).sizes.tolist()
+            [4, 4, 4]
+        """
+        rng, shards = stream(seed, Purpose.PARTITION), clients * self.shards_per_client
         if shards > len(labels):
             raise ValueError(
                 f"{clients} clients with {self.shards_per_client} shards each need {shards} samples, the training set "
@@ -139,27 +190,22 @@ class Natural:
     """The dataset's own clients (writers, topics, sites); with fewer clients than groups, groups merge round-robin."""
 
     def split(self, labels: np.ndarray, groups: np.ndarray | None, clients: int, seed: int) -> Partition:
-        """Assign the samples with these `groups [n]` to `clients`: the g-th group goes to client `g % clients`."""
+        """Assign the samples with these `groups [n]` to `clients`: the g-th group goes to client `g % clients`.
+
+        Raises:
+            ValueError: a dataset without natural clients, or with fewer than `clients`.
+
+        Example:
+            >>> split = Natural().split(np.zeros(5), np.array([7, 3, 7, 5, 3]), clients=2, seed=0)
+            >>> split[0].tolist(), split[1].tolist()
+            ([0, 1, 2, 4], [3])
+        """
         if groups is None:
             raise ValueError("a natural partition needs a dataset with natural clients, and this one has none")
         names, group = np.unique(groups, return_inverse=True)
         if not 1 <= clients <= len(names):
             raise ValueError(f"{clients} clients asked for: expected 1 to {len(names)}, the dataset's natural groups")
         return _partition(np.arange(len(groups)), group.reshape(-1) % clients, clients)
-
-
-def _generator(seed: int, clients: int) -> np.random.Generator:
-    if clients < 1:
-        raise ValueError(f"clients = {clients}: expected at least 1")
-    if seed < 0:
-        raise ValueError(f"seed = {seed}: expected a non-negative integer")
-    return np.random.Generator(np.random.Philox([seed, _PURPOSE]))
-
-
-def _positive(value: float, name: str) -> float:
-    if not value > 0:
-        raise ValueError(f"{name} = {value}: expected a positive number")
-    return value
 
 
 def _by_class(labels: np.ndarray) -> list[Ints]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .datasets import Dataset
+from .datasets import Count, Dataset, Fraction
 
 _PAD, _SEPARATOR = 0, 1
 # The two bytes with a meaning become spaces where a text happens to contain them.
@@ -38,24 +38,28 @@ class Topics:
     The text is that of the running Python, so it differs a little between Python versions.
 
     Args:
-        length: tokens per sequence.
+        length: tokens per sequence, a byte each.
         test_fraction: share held out at the end of every topic that is long enough to spare a sequence.
     """
 
-    length: int = 64
-    test_fraction: float = 0.1
+    length: Count = 64
+    test_fraction: Fraction = 0.1
 
     def load(self) -> Dataset:
         """Cut every topic into sequences of `length + 1` bytes: inputs, and targets one byte ahead.
 
         A topic shorter than one sequence joins the next one by name (the last one joins the one before).
+
+        Raises:
+            ValueError: no topic is long enough to hold a sequence out.
+
+        Example:
+            >>> data = Topics(length=32).load()
+            >>> data.input_shape, bool((data.train_inputs[:, 1:] == data.train_targets[:, :-1]).all())
+            ((32,), True)
         """
         from pydoc_data.topics import topics
 
-        if self.length < 1:
-            raise ValueError(f"length = {self.length}: expected at least 1")
-        if not 0 < self.test_fraction < 1:
-            raise ValueError(f"test_fraction = {self.test_fraction}: expected a number between 0 and 1")
         texts = [b""]
         for _, topic in sorted(topics.items()):
             if len(texts[-1]) > self.length:
@@ -109,7 +113,7 @@ class Glue:
     path: str
     columns: tuple[str, ...] = ()
     label: str = ""
-    length: int = 128
+    length: Count = 128
     drop_malformed: bool = False
 
     def load(self) -> Dataset:

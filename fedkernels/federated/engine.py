@@ -323,7 +323,8 @@ class Engine:
         return torch.isfinite(totals).all(0).tolist()
 
     def _update_server(self, agg: Vectors, r: Round) -> None:
-        new = self.algorithm.server(self.server, agg, r)
+        before = Vectors(self.server, what="the server", read_only=True)
+        new = self.algorithm.server(before, agg, r)
         if unknown := set(new) - set(self.server):
             raise RuntimeError(f"{type(self.algorithm).__name__}.server returned {unknown}, which init did not declare")
         self.server.update(new)

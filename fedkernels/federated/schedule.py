@@ -14,7 +14,18 @@ LrSchedule = Literal["constant", "cosine", "exponential"]
 
 
 def learning_rate(schedule: LrSchedule, lr: float, r: int, rounds: int) -> float:
-    """η_r: `constant` η, `cosine` η/2 (1 + cos(πr/R)), `exponential` η·0.998^r."""
+    """The learning rate of a round: `constant` η, `cosine` `η/2 (1 + cos(πr/R))`, `exponential` `η·0.998^r`.
+
+    Args:
+        schedule: which of the three.
+        lr: η.
+        r: the round, from 0.
+        rounds: R.
+
+    Example:
+        >>> [round(learning_rate("cosine", 0.2, r, 4), 3) for r in range(4)]
+        [0.2, 0.171, 0.1, 0.029]
+    """
     if schedule == "cosine":
         return lr / 2 * (1 + math.cos(math.pi * r / rounds))
     return lr * 0.998**r if schedule == "exponential" else lr
@@ -27,6 +38,17 @@ def sample_cohort(
 
     `uniform` draws `cohort` clients without replacement; `poisson` takes every client with probability
     `cohort / population` on its own, so the size varies and may be 0.
+
+    Args:
+        sampling: which of the two.
+        seed: of the run.
+        r: the round, from 0.
+        population: all clients, N.
+        cohort: clients to draw, at most N; under `poisson` their expected number.
+
+    Example:
+        >>> len(sample_cohort("uniform", 0, 0, 100, 10)), sample_cohort("uniform", 0, 0, 3, 3).tolist()
+        (10, [0, 1, 2])
     """
     rng = stream(seed, Purpose.COHORT, r)
     size = cohort if sampling == "uniform" else int(rng.binomial(population, cohort / population))
@@ -35,7 +57,18 @@ def sample_cohort(
 
 
 def assign_blocks(seed: int, r: int, cohort: int, n_blocks: int) -> np.ndarray:
-    """A block for every position of the cohort `[S]`: counts differ by at most one, order and remainder shuffled."""
+    """A block for every position of the cohort `[S]`: counts differ by at most one, order and remainder shuffled.
+
+    Args:
+        seed: of the run.
+        r: the round, from 0.
+        cohort: clients in it, S.
+        n_blocks: blocks to choose from, without the shared one.
+
+    Example:
+        >>> sorted(assign_blocks(0, 0, 6, 3).tolist())
+        [0, 0, 1, 1, 2, 2]
+    """
     rng = stream(seed, Purpose.BLOCKS, r)
     labels = rng.permutation(n_blocks)
     return labels[rng.permutation(cohort) % n_blocks]
@@ -59,9 +92,14 @@ def place(
         costs: work of each client, in any unit.
         owners: rank that keeps a client's state, for clients that have one.
         speeds: work per second of each rank, in any unit.
+        slack: by how much more than its even share a rank may have to do for clients to stay.
 
     Returns:
         Per rank the positions in `ids`, most expensive first.
+
+    Example:
+        >>> place([7, 8, 9], costs=[1, 5, 1], owners={}, speeds=[1, 1])
+        [[1], [0, 2]]
     """
     ends = [0.0] * len(speeds)
     placed: list[list[int]] = [[] for _ in speeds]

@@ -26,7 +26,10 @@ def newton_schulz(u: Tensor, steps: int = 5) -> Tensor:
     a, b, c = QUINTIC
     tall = u.shape[-2] > u.shape[-1]
     x = u.mT if tall else u
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    norm = torch.linalg.matrix_norm(x, keepdim=True)
+    # In float32 the squares of entries beyond 1e19 overflow, and x / ∞ would be zero.
+    wide = torch.linalg.matrix_norm(x, keepdim=True, dtype=torch.float64).to(x.dtype)
+    x = x / (torch.where(norm.isinf(), wide, norm) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x

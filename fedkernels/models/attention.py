@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,14 +39,17 @@ class Vit:
     mlp_ratio: Size = 4
 
     def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
-        """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator."""
+        """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator.
+
+        Raises:
+            ValueError: not an image task, sizes that do not divide, or no `transformers` package.
+        """
         channels, height, width = image_shape("vit", kind, input_shape)
         _check_heads("vit", self.dim, self.heads)
-        if self.patch < 1 or height % self.patch or width % self.patch:
+        if height % self.patch or width % self.patch:
             raise ValueError(f"vit: image {height}x{width} is not a multiple of patch {self.patch}")
-        from transformers import ViTConfig, ViTForImageClassification
-
-        config = ViTConfig.from_dict(
+        transformers = _transformers("vit")
+        config = transformers.ViTConfig.from_dict(
             {
                 "hidden_size": self.dim,
                 "num_hidden_layers": self.depth,
@@ -58,7 +62,7 @@ class Vit:
                 "attn_implementation": _register_attention(),
             }
         )
-        return _Logits(ViTForImageClassification(config))
+        return _Logits(transformers.ViTForImageClassification(config))
 
     def roles(self, module: nn.Module) -> dict[str, Role]:
         """What every parameter is, by name."""
@@ -94,13 +98,21 @@ class Gpt2:
     heads: Size = 4
 
     def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
-        """A module from int64 tokens `[b, length]` to logits `[b, length, classes]` or, for text, `[b, classes]`."""
+        """A module from int64 tokens `[b, length]` to logits `[b, length, classes]` or, for text, `[b, classes]`.
+
+        Args:
+            kind: of the task; this model takes `language` and `text`.
+            input_shape: of one sample, `(length,)`.
+            classes: number of logits, for `language` the vocabulary size.
+
+        Raises:
+            ValueError: an image task, sizes that do not divide, or no `transformers` package.
+        """
         if kind == "image" or len(input_shape) != 1:
             raise ValueError(f"gpt2 takes language or text of shape (length,), not {kind} of shape {input_shape}")
         _check_heads("gpt2", self.dim, self.heads)
-        from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
-
-        config = GPT2Config.from_dict(
+        transformers = _transformers("gpt2")
+        config = transformers.GPT2Config.from_dict(
             {
                 "vocab_size": classes if kind == "language" else BYTE_TOKENS,
                 "n_positions": input_shape[0],
@@ -118,8 +130,8 @@ class Gpt2:
             }
         )
         if kind == "language":
-            return _Logits(GPT2LMHeadModel(config))
-        return _LastToken(GPT2Model(config), self.dim, classes)
+            return _Logits(transformers.GPT2LMHeadModel(config))
+        return _LastToken(transformers.GPT2Model(config), self.dim, classes)
 
     def roles(self, module: nn.Module) -> dict[str, Role]:
         """What every parameter is, by name."""
@@ -166,8 +178,18 @@ class _LastToken(nn.Module):
 
 
 def _check_heads(model: str, dim: int, heads: int) -> None:
-    if heads < 1 or dim % heads:
+    if dim % heads:
         raise ValueError(f"{model}: dim {dim} is not a multiple of heads {heads}")
+
+
+def _transformers(model: str) -> ModuleType:
+    """The optional package, imported only where a model needs it."""
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        message = f"model: {model} needs the transformers package: pip install 'fedkernels[hf]'"
+        raise ValueError(message) from None
+    return transformers
 
 
 def _register_attention() -> str:

@@ -20,6 +20,12 @@ Size = Annotated[int, Field(ge=1)]
 def image_shape(model: str, kind: TaskKind, input_shape: Sequence[int], min_side: int = 1) -> tuple[int, int, int]:
     """The `(channels, height, width)` of an image task.
 
+    Args:
+        model: name for the error message.
+        kind: of the task.
+        input_shape: of one sample.
+        min_side: smallest height and width the model can take, in pixels.
+
     Raises:
         ValueError: the task is not about images, or they are smaller than `min_side` pixels.
     """
@@ -45,13 +51,26 @@ class Mlp(_WithHead):
     """Multi-layer perceptron on flattened images, GELU.
 
     Args:
-        hidden: widths of the hidden layers.
+        hidden: widths of the hidden layers; empty for a linear model.
     """
 
     hidden: tuple[Size, ...] = (64,)
 
     def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
-        """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator."""
+        """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator.
+
+        Args:
+            kind: of the task; this model takes `image`.
+            input_shape: of one sample, `(channels, height, width)`.
+            classes: number of logits.
+
+        Example:
+            >>> [tuple(p.shape) for p in Mlp((5,)).build("image", (1, 2, 2), 3).parameters()]
+            [(5, 4), (5,), (3, 5), (3,)]
+
+        Raises:
+            ValueError: not an image task.
+        """
         channels, height, width = image_shape("mlp", kind, input_shape)
         return _Mlp([channels * height * width, *self.hidden], classes)
 
@@ -86,7 +105,11 @@ class LeNet5(_WithHead):
     width: Size = 1
 
     def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
-        """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator."""
+        """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator.
+
+        Raises:
+            ValueError: not an image task, or images smaller than 4x4 pixels.
+        """
         channels, height, width = image_shape("lenet5", kind, input_shape, min_side=4)
         w, padding, sides = self.width, [], (height, width)
         for original_side in (32, 14):
@@ -107,7 +130,11 @@ class Cnn(_WithHead):
     """
 
     def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
-        """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator."""
+        """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator.
+
+        Raises:
+            ValueError: not an image task, or images smaller than 4x4 pixels.
+        """
         channels, height, width = image_shape("cnn", kind, input_shape, min_side=4)
         return _ConvNet((channels, 32, 64), (2, 2), (64 * (height // 4) * (width // 4), 512), classes)
 
@@ -123,7 +150,11 @@ class Cnn3x3(_WithHead):
     """
 
     def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
-        """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator."""
+        """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator.
+
+        Raises:
+            ValueError: not an image task, or images smaller than 6x6 pixels.
+        """
         channels, height, width = image_shape("cnn3x3", kind, input_shape, min_side=6)
         return _Cnn3x3(channels, 64 * ((height - 4) // 2) * ((width - 4) // 2), classes)
 
@@ -181,9 +212,13 @@ class ResNet18(_WithHead):
     width: Size = 64
 
     def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
-        """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator."""
+        """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator.
+
+        Raises:
+            ValueError: not an image task, or a width that is not a multiple of the groups.
+        """
         channels, height, width = image_shape("resnet18", kind, input_shape)
-        if self.groups < 1 or self.width % self.groups:
+        if self.width % self.groups:
             raise ValueError(f"resnet18: width {self.width} is not a multiple of groups {self.groups}")
         return _ResNet18(channels, self.width, self.groups, classes, large_images=max(height, width) > 64)
 

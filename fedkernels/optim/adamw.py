@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..layout import Layout
@@ -18,13 +19,19 @@ class AdamW:
     `m ← β₁m + (1−β₁)g`, `v ← β₂v + (1−β₂)g²`, `P = m̂/(√v̂ + ε) + λy` with `m̂ = m/(1−β₁^k)` and
     `v̂ = v/(1−β₂^(k₀+k))`, where `k₀ = state["v_steps"]` counts the steps `v` has seen before this round.
 
+    Args:
+        beta1: β₁, decay of the first moment.
+        beta2: β₂, decay of the second moment.
+        eps: ε.
+        weight_decay: λ, decoupled.
+
     Reference: Loshchilov and Hutter, Decoupled weight decay regularization, 2019 (arXiv 1711.05101).
     """
 
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
 
     shared: ClassVar[tuple[str, ...]] = ("v",)
 

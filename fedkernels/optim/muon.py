@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..kernels.newton_schulz import newton_schulz
 from ..layout import Layout
 from .adamw import AdamW
+
+
+def require_matrices(layout: Layout) -> Layout:
+    """The layout, if there is something in it for Muon to train.
+
+    Raises:
+        ValueError: it has no matrix.
+    """
+    if not layout.slabs:
+        raise ValueError("Muon needs hidden weight matrices, and this model has none; use adamw or sgd")
+    return layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,22 +32,27 @@ class Muon:
     `M ← βM + (1−β)g`, `U = (1−β)g + βM` (Nesterov), `O = NS₅(U)·√max(1, out/in)`, `P = ηₘ O + λy`.
 
     Args:
+        momentum: β.
+        weight_decay: λ, decoupled, of all parameters.
         lr_multiplier: ηₘ, the learning rate of the matrices relative to that of the other parameters.
-        adamw_beta2, adamw_eps: of the AdamW that trains embeddings, norms, biases and the output head.
+        ns_steps: steps of Newton–Schulz.
+        adamw_beta1: β₁ of the AdamW that trains embeddings, norms, biases and the output head.
+        adamw_beta2: its β₂.
+        adamw_eps: its ε.
 
     Raises:
-        ValueError: the model has no matrix.
+        ValueError: state was asked for a layout without a matrix.
 
-    Reference: Jordan et al., Muon, 2024.
+    Reference: Jordan et al., Muon, 2024 (https://kellerjordan.github.io/posts/muon/).
     """
 
-    momentum: float = 0.95
-    weight_decay: float = 0.01
-    lr_multiplier: float = 1.0
-    ns_steps: int = 5
-    adamw_beta1: float = 0.9
-    adamw_beta2: float = 0.95
-    adamw_eps: float = 1e-10
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    lr_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    ns_steps: Annotated[int, Field(ge=1)] = 5
+    adamw_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adamw_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    adamw_eps: Annotated[float, Field(gt=0)] = 1e-10
 
     shared: ClassVar[tuple[str, ...]] = ("M",)
 
@@ -43,8 +60,7 @@ class Muon:
         return AdamW(beta1=self.adamw_beta1, beta2=self.adamw_beta2, eps=self.adamw_eps, weight_decay=self.weight_decay)
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
-        if not layout.slabs:
-            raise ValueError("Muon needs matrices, but no parameter of this model is one; use adamw or sgd")
+        require_matrices(layout)
         return {"M": torch.zeros_like(layout.matrices(y)), **self._adamw().init(layout.vectors(y), layout)}
 
     def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..layout import Layout
@@ -16,10 +17,19 @@ class Sgd:
     """SGD with L2 weight decay and optional heavy-ball momentum.
 
     `m ← μm + g + λy`, `P = m` (without momentum `P = g + λy`).
+
+    Args:
+        momentum: μ.
+        weight_decay: λ, coupled: it enters the momentum.
+
+    Example:
+        >>> g = y = torch.ones(1, 2)
+        >>> Sgd(weight_decay=0.5).step({}, g, y, 1, Layout({}, {})).tolist()
+        [[1.5, 1.5]]
     """
 
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
     shared: ClassVar[tuple[str, ...]] = ()
 
@@ -29,4 +39,4 @@ class Sgd:
     def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout) -> Tensor:
         if self.weight_decay:
             g = g.add(y, alpha=self.weight_decay)
-        return state["m"].mul_(self.momentum).add_(g) if self.momentum else g
+        return state["m"].mul_(self.momentum).add_(g).clone() if self.momentum else g

@@ -102,6 +102,13 @@ def test_the_first_round_is_the_baselines_and_the_second_is_not(algorithm: Algor
     assert max(float((second[name] - other[name]).abs().max()) for name in second) > 1e-4
 
 
+@pytest.mark.parametrize("algorithm", [FedMuon(), LocalMuon(), FedMuon(route="all_matrices")])
+def test_muon_refuses_a_model_without_matrices_before_the_first_round(algorithm: Algorithm) -> None:
+    module = nn.Sequential(nn.Flatten(), nn.LayerNorm(16)).double()
+    with pytest.raises(ValueError, match="Muon needs hidden weight matrices, and this model has none"):
+        tiny_engine(algorithm, module=module)
+
+
 def test_fedmuon_takes_alpha_off_the_first_rounds_update() -> None:
     """Before round 1, G = 0: the whole local direction is scaled by 1 − α, as by a smaller learning rate."""
     assert_same(trained(FedMuon(alpha=0.75), rounds=1, lr=0.4), trained(LocalMuon(), rounds=1, lr=0.1))
@@ -172,8 +179,11 @@ def test_fedmuon_of_one_client_is_muon_over_rounds() -> None:
     assert_same(found, expected, 1e-10)
 
 
-def test_the_servers_control_variate_is_the_mean_of_the_clients() -> None:
-    engine = tiny_engine(Scaffold(server_lr=0.7), cohort=CLIENTS, lr=0.5)
+@pytest.mark.parametrize("weighting", ["uniform", "samples"])
+@pytest.mark.parametrize("cohort", [5, CLIENTS])
+def test_the_servers_control_variate_is_the_mean_of_the_clients(cohort: int, weighting: str) -> None:
+    """Of all clients alike, whatever their weights in the mean of updates; c_i = 0 before a client's first round."""
+    engine = tiny_engine(Scaffold(server_lr=0.7), cohort=cohort, weighting=weighting, lr=0.5)
     for _ in range(3):
         engine.run_round()
         mean = engine.store.get(range(CLIENTS))["c_i"].mean(0)

@@ -186,17 +186,49 @@ def test_writing_to_a_server_vector_raises(name: str, monkeypatch: pytest.Monkey
             with_client(CASES[name], patch, change).run_round()
 
 
+WRITES: dict[str, Callable[[Vectors, Tensor], Any]] = {
+    "attribute": lambda s, value: setattr(s, "x", value),
+    "item": lambda s, value: s.__setitem__("x", value),
+    "update": lambda s, value: s.update(x=value),
+    "merge": lambda s, value: s.update({"x": value}),
+    "pop": lambda s, value: s.pop("x"),
+    "popitem": lambda s, value: s.popitem(),
+    "del": lambda s, value: s.__delitem__("x"),
+    "clear": lambda s, value: s.clear(),
+}
+
+
 @every_case
 def test_assigning_a_server_vector_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(client: Client) -> Client:
-        def assigns(self: Algorithm, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
-            s.x = s.x + 1
-            return client(self, s, k, task)
+    for write in WRITES.values():
 
-        return assigns
+        def change(client: Client, write: Callable[[Vectors, Tensor], Any] = write) -> Client:
+            def writes(self: Algorithm, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
+                write(s, s.x + 1)
+                return client(self, s, k, task)
 
-    with pytest.raises(AttributeError, match="the down wires is read-only: 'x' was assigned"):
-        with_client(CASES[name], monkeypatch, change).run_round()
+            return writes
+
+        with monkeypatch.context() as patch, pytest.raises(AttributeError, match=r"the down wires: '\w+' is read-only"):
+            with_client(CASES[name], patch, change).run_round()
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_vectors_are_written_to_unless_read_only(name: str) -> None:
+    x, value = torch.zeros(2), torch.ones(2)
+    vectors = Vectors({"x": x})
+    WRITES[name](vectors, value)
+    assert vectors.get("x") is (value if name in ("attribute", "item", "update", "merge") else None)
+    guarded = Vectors({"x": x}, what="this", read_only=True)
+    with pytest.raises(AttributeError, match="this: 'x' is read-only"):
+        WRITES[name](guarded, value)
+    assert list(guarded) == ["x"]
+    assert guarded.x is guarded["x"] is x
+
+
+def test_vectors_name_what_they_have() -> None:
+    with pytest.raises(AttributeError, match="the server has no 'y'; it has x, c"):
+        _ = Vectors({"x": torch.zeros(1), "c": torch.zeros(1)}, what="the server").y
 
 
 @every_case

@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,9 +66,17 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
         (["--lr"], "--lr: expected a value after it"),
         (["--cohort", "9"], "cohort: 9 is more than the number of clients, 8"),
         (["--local_steps", "null"], "local_steps: missing; "),
-        (["--data.test_fraction", "2"], "test_fraction = 2.0: expected a number between 0 and 1"),
-        (["--data", "{name: synthetic, seed: -1}"], "seed = -1: expected "),
-        (["--partition.alpha", "-1"], "alpha = -1.0: expected a positive number"),
+        (["--data.test_fraction", "2"], "data.test_fraction: 2, expected float > 0 and < 1 ("),
+        (["--data", "{name: synthetic, seed: -1}"], "data.seed: -1, expected int >= 0 ("),
+        (["--partition.alpha", "-1"], "partition.alpha: -1, expected float > 0 and < inf ("),
+        (
+            ["--algorithm.local.momentum", "5"],
+            "algorithm.local.momentum: 5, expected float >= 0 and < 1 (",
+        ),
+        (
+            ["--algorithm", "fedmuon", "--model.hidden", "[]"],
+            "Muon needs hidden weight matrices, and this model",
+        ),
         (["--partition", "natural"], "a natural partition needs a dataset with natural clients"),
         (["--model", "gpt2"], "gpt2 takes language or text of shape (length,), not image"),
         (["--device", "cuda"], "device: cuda was asked for, but torch sees no GPU"),
@@ -79,6 +88,15 @@ def test_what_a_configuration_cannot_say(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert runs.train("a", *overrides) == 2
     assert error_line().startswith(message)
+    assert not (runs / "a").exists()
+
+
+def test_a_model_whose_package_is_not_installed(
+    runs: Runs, error_line: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert runs.train("a", "--model", "vit") == 2
+    assert error_line() == "model: vit needs the transformers package: pip install 'fedkernels[hf]'"
     assert not (runs / "a").exists()
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from cli.small_runs import CONFIG
 
+from fedkernels.algorithms import FedAvg
 from fedkernels.algorithms.fedmuon import FedMuon
 from fedkernels.config import CHOICES, Config, ConfigError, describe, load, parse_overrides, resolved
 from fedkernels.data import PARTITIONS
@@ -107,20 +108,56 @@ def test_a_value_out_of_range_names_key_value_and_expectation(key: str, value: o
     assert refuse(**{key: value}).partition(" (")[0] == f"{key}: {value!r}, expected {expected}"
 
 
+SHARE, POSITIVE, NOT_NEGATIVE = "float >= 0 and < 1", "float > 0", "float >= 0"
+FRACTION, ALPHA = "float > 0 and < 1", "float > 0 and < inf"
+
+
 @pytest.mark.parametrize(
-    ("algorithm", "key", "value", "expected"),
+    ("key", "name", "below", "value", "expected"),
     [
-        ("fedmuon", "alpha", 1.5, "float >= 0 and <= 1"),
-        ("fedmuon", "beta", 1, "float >= 0 and < 1"),
-        ("fedmuon", "share_momentum", "perhaps", "bool"),
-        ("fedmuon", "route", "none", "hidden | all_matrices"),
-        ("fedbcgd", "blocks", 0, "int >= 1"),
-        ("scaffold", "server_lr", 0, "float > 0"),
+        ("algorithm", "fedmuon", "alpha", 1.5, "float >= 0 and <= 1"),
+        ("algorithm", "fedmuon", "beta", 1, SHARE),
+        ("algorithm", "fedmuon", "share_momentum", "perhaps", "bool"),
+        ("algorithm", "fedmuon", "route", "none", "hidden | all_matrices"),
+        ("algorithm", "fedbcgd", "blocks", 0, "int >= 1"),
+        ("algorithm", "scaffold", "server_lr", 0, POSITIVE),
+        ("algorithm.local", "sgd", "momentum", 5, SHARE),
+        ("algorithm.local", "sgd", "weight_decay", -0.1, NOT_NEGATIVE),
+        ("algorithm.local", "adamw", "beta1", 1.0, SHARE),
+        ("algorithm.local", "adamw", "beta2", -0.1, SHARE),
+        ("algorithm.local", "adamw", "eps", 0, POSITIVE),
+        ("algorithm.local", "adamw", "weight_decay", math.nan, NOT_NEGATIVE),
+        ("algorithm.local", "muon", "momentum", 1, SHARE),
+        ("algorithm.local", "muon", "weight_decay", -1, NOT_NEGATIVE),
+        ("algorithm.local", "muon", "lr_multiplier", 0, POSITIVE),
+        ("algorithm.local", "muon", "ns_steps", 0, "int >= 1"),
+        ("algorithm.local", "muon", "adamw_beta1", 1, SHARE),
+        ("algorithm.local", "muon", "adamw_beta2", 1, SHARE),
+        ("algorithm.local", "muon", "adamw_eps", 0, POSITIVE),
+        ("data", "digits", "test_fraction", 0, FRACTION),
+        ("data", "digits", "test_fraction", 1, FRACTION),
+        *(("data", "synthetic", n, 0, "int >= 1") for n in ("classes", "samples", "test_samples", "channels", "size")),
+        ("data", "synthetic", "seed", -1, "int >= 0"),
+        ("data", "topics", "length", 0, "int >= 1"),
+        ("data", "topics", "test_fraction", 1, FRACTION),
+        ("data", "glue", "length", 0, "int >= 1"),
+        ("partition", "dirichlet", "alpha", 0, ALPHA),
+        ("partition", "dirichlet", "alpha", math.inf, ALPHA),
+        ("partition", "dirichlet", "min_samples", -1, "int >= 0"),
+        ("partition", "paper", "alpha", -1, ALPHA),
+        ("partition", "shards", "shards_per_client", 0, "int >= 1"),
     ],
 )
-def test_a_range_below_a_choice_is_told_alike(algorithm: str, key: str, value: object, expected: str) -> None:
-    message = refuse(algorithm={"name": algorithm, key: value})
-    assert message.startswith(f"algorithm.{key}: {value!r}, expected {expected} (")
+def test_a_range_below_a_choice_is_told_alike(key: str, name: str, below: str, value: object, expected: str) -> None:
+    message = refuse(**with_choice(key, name, **{below: value}))
+    assert message.startswith(f"{key}.{below}: {value!r}, expected {expected} (")
+
+
+@pytest.mark.parametrize(("key", "name"), NAMES)
+def test_no_number_below_a_choice_may_be_negative(key: str, name: str) -> None:
+    for below, kind, _ in describe(WHERE[key][name]):
+        if kind.startswith(("int", "float")):
+            assert refuse(**with_choice(key, name, **{below: -1})).startswith(f"{key}.{below}: -1, expected {kind} (")
 
 
 def test_a_cohort_larger_than_the_population_is_refused() -> None:
@@ -214,6 +251,11 @@ def test_resolved_reads_back_to_an_equal_configuration(key: str, name: str, tmp_
 )
 def test_both_forms_of_an_override_say_the_same(key: str, text: str, value: object) -> None:
     assert parse_overrides([f"--{key}", text]) == parse_overrides([f"--{key}={text}"]) == {key: value}
+
+
+def test_keys_below_a_choice_mean_its_default_where_no_name_is_given() -> None:
+    config = load(None, CONFIG | {"algorithm": "fedavg", "algorithm.local.momentum": 0.5})
+    assert config.algorithm == FedAvg(local=Sgd(momentum=0.5))
 
 
 @pytest.mark.parametrize("name", ["7", "2026-01-01"])

@@ -69,8 +69,6 @@ def test_digits_are_those_of_scikit_learn() -> None:
     held_out = np.bincount(data.test_targets) / np.bincount(bunch.target)
     np.testing.assert_allclose(held_out, 0.2, atol=0.004)
     assert torch.equal(Digits().load().test_inputs, data.test_inputs)
-    with pytest.raises(ValueError, match=r"test_fraction = 1\.5"):
-        Digits(test_fraction=1.5).load()
 
 
 def test_synthetic_images_can_be_learned_and_follow_the_seed() -> None:
@@ -85,8 +83,6 @@ def test_synthetic_images_can_be_learned_and_follow_the_seed() -> None:
     assert torch.equal(config.load().train_inputs, data.train_inputs)
     other = Synthetic(classes=4, samples=300, test_samples=101, channels=2, size=10, seed=2).load()
     assert not torch.equal(other.train_inputs, data.train_inputs)
-    with pytest.raises(ValueError, match="classes = 0"):
-        Synthetic(classes=0).load()
 
 
 @pytest.mark.parametrize("length", [64, 1000])

@@ -136,13 +136,9 @@ def test_a_million_clients_take_seconds(name: str) -> None:
     [
         (Dirichlet(0.5, min_samples=200), 7, "7 clients with min_samples = 200 need 1400 samples.* has 1200"),
         (Dirichlet(0.01, min_samples=0), 500, r"client \d+ is left with no sample: 1200 samples for 500 clients"),
-        (Dirichlet(0.0), 3, "alpha = 0.0"),
-        (Paper(-1.0), 3, "alpha = -1.0"),
         (Paper(), 1201, "client 0 is left with no sample: 0 samples for 1201 clients"),
         (Iid(), 1201, "client 1200 is left with no sample: 1200 samples for 1201 clients"),
-        (Iid(), 0, "clients = 0"),
         (Shards(2), 601, "601 clients with 2 shards each need 1202 samples.* has 1200"),
-        (Shards(0), 3, "shards_per_client = 0"),
         (Natural(), 31, "31 clients asked for: expected 1 to 30"),
     ],
 )
@@ -151,11 +147,9 @@ def test_impossible_splits_say_why(partition: Dirichlet, clients: int, message: 
         partition.split(LABELS, GROUPS, clients, seed=0)
 
 
-def test_natural_needs_groups_and_seeds_are_not_negative() -> None:
+def test_natural_needs_groups_and_a_partition_has_so_many_clients() -> None:
     with pytest.raises(ValueError, match="this one has none"):
         Natural().split(LABELS, None, 3, seed=0)
-    with pytest.raises(ValueError, match="seed = -1"):
-        Iid().split(LABELS, None, 3, seed=-1)
     with pytest.raises(IndexError, match="client 3 of 3"):
         Iid().split(LABELS, None, 3, seed=0)[3]
 

@@ -95,6 +95,14 @@ def test_the_scale_of_a_large_input_is_divided_out(scale: float) -> None:
     assert_equal(newton_schulz(scale * u), newton_schulz(u), 1e-7)
 
 
+@pytest.mark.parametrize("scale", [1e18, 1e20, 1e35])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 8)])
+def test_squares_that_overflow_float32(shape: tuple[int, int], scale: float) -> None:
+    u = (scale * random(*shape)).float()
+    both = torch.stack([u, random(*shape).float()])  # one that overflows beside one that does not
+    assert_equal(newton_schulz(both), reference(both), 500 * 6e-8)
+
+
 def test_one_matrix_of_a_batch_ignores_the_others() -> None:
     u = random(4, 3, 5)
     other = u.clone()

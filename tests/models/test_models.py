@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -346,6 +347,16 @@ def expand_means(layout: Layout, v: Tensor) -> Tensor:
 def test_build_refuses_what_the_model_cannot_take(config, kind, shape, message) -> None:
     with pytest.raises(ValueError, match=message):
         config.build(kind, shape, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "shape"), [("vit", Vit(), (3, 32, 32)), ("gpt2", Gpt2(), (8,))], ids=["vit", "gpt2"]
+)
+def test_build_without_transformers_says_what_to_install(name, config, shape, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    message = f"model: {name} needs the transformers package: pip install 'fedkernels[hf]'"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        config.build("image" if name == "vit" else "text", shape, CLASSES)
 
 
 def test_transformers_is_imported_only_to_build_one() -> None:

@@ -64,6 +64,23 @@ def test_the_table_names_every_optimizer() -> None:
     assert {"sgd": Sgd, "adamw": AdamW, "muon": Muon} == OPTIMIZERS
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [Sgd(), Sgd(weight_decay=0.1), Sgd(momentum=0.9), AdamW(), AdamW(beta1=0.0, beta2=0.0), Muon(), Muon(momentum=0.0)],
+    ids=repr,
+)
+def test_a_direction_may_be_overwritten(optimizer: LocalOptimizer) -> None:
+    lay = layout()
+    y = start(lay)
+    kept, spoilt = optimizer.init(y, lay), optimizer.init(y, lay)
+    for k, gradient in enumerate(gradients(lay.d), start=1):
+        expected = optimizer.step(kept, gradient.clone(), y.clone(), k, lay)
+        found = optimizer.step(spoilt, gradient.clone(), y, k, lay)
+        assert torch.equal(found, expected)
+        found.fill_(torch.nan)
+        assert torch.equal(y, start(lay))
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_sgd(momentum: float, weight_decay: float) -> None:
@@ -150,5 +167,5 @@ def test_muon_of_a_conv1d_weight_is_that_of_its_transpose() -> None:
 
 def test_muon_without_matrices() -> None:
     lay = Layout({"bias": (5,)}, {"bias": Role("bias")})
-    with pytest.raises(ValueError, match="Muon needs matrices, but no parameter of this model is one"):
+    with pytest.raises(ValueError, match="Muon needs hidden weight matrices, and this model has none"):
         Muon().init(torch.zeros(1, 5), lay)

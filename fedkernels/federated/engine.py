@@ -113,6 +113,15 @@ class Engine:
 
     Raises:
         ValueError: a cohort larger than the population or smaller than the number of ranks, or a client without data.
+
+    Example:
+        >>> from fedkernels.config import load
+        >>> from fedkernels.train import build
+        >>> federation = {"algorithm": "fedavg", "model": "mlp", "data": "digits", "partition": "iid", "clients": 4}
+        >>> work = {"cohort": 2, "local_steps": 3, "batch_size": 8, "lr": 0.1, "rounds": 9, "evaluator": "loop"}
+        >>> engine, _, _ = build(load(None, {**federation, **work, "run_dir": "unused"}), Collectives())
+        >>> engine.run_round()["cohort"], engine.round
+        (2, 1)
     """
 
     def __init__(

@@ -19,8 +19,6 @@ extras = {
         "ruff>=0.9",
         "mypy>=1.13",
         "types-PyYAML",
-        "transformers>=5.0",
-        "tensorboard>=2.16",
     ],
 }
 # The tests cover what the optional packages do.

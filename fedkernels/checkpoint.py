@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from .config import ConfigError
 from .federated.engine import Engine
 from .federated.evaluators import Choice
 
@@ -110,7 +111,8 @@ def restore(root: Path, engine: Engine, fingerprint: dict[str, Any]) -> tuple[di
         checkpoint at all.
 
     Raises:
-        CheckpointError: every checkpoint is damaged, or the configuration differs from the one that wrote it.
+        CheckpointError: every checkpoint is damaged.
+        ConfigError: the configuration differs from the one that wrote it.
     """
     found = _find(root) if engine.collectives.rank == 0 else None
     manifest, path, notes = engine.collectives.gather(found)[0]
@@ -119,7 +121,7 @@ def restore(root: Path, engine: Engine, fingerprint: dict[str, Any]) -> tuple[di
     if path is None:
         raise CheckpointError("; ".join(notes) + "; no whole checkpoint is left")
     if differing := differences(manifest["fingerprint"], fingerprint):
-        raise CheckpointError(
+        raise ConfigError(
             f"{path} belongs to another configuration: {'; '.join(differing)}; use the same one, or a new run_dir"
         )
     engine.collectives.agree(lambda: _load(path, sorted(manifest["sha256"]), engine))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -27,9 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rest and not options.overridable:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         status: int = options.run(options, rest)
+        sys.stdout.flush()
         return status
     except (ConfigError, FileNotFoundError, ValueError) as error:
         return _fail(error, 2)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (CheckpointError, NonFiniteUpdateError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
@@ -147,6 +152,7 @@ def _partition(options: argparse.Namespace, rest: Sequence[str]) -> int:
     classes = int(labels.max()) + 1
     for name, value in partition_summary(partition, labels, classes).items():
         print(f"{name:<28} {value:g}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     partition_figure(partition, labels, classes, title=options.config.stem).savefig(options.out, dpi=150)
     print(f"picture: {options.out}")
     return 0

@@ -87,6 +87,8 @@ class Vectors(MutableMapping[str, Tensor]):
         return len(self._tensors)
 
     def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("_"):  # copy and pickle ask for these before there is anything to look in
+            raise AttributeError(name)
         try:
             return self[name]
         except KeyError:

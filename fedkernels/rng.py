@@ -11,7 +11,7 @@ class Purpose(IntEnum):
     """What a stream of random numbers is for; two purposes never share a stream."""
 
     MODEL = 1
-    PARTITION = 0x9A7717
+    PARTITION = 0x9A7717  # it only has to differ from the others
     COHORT = 3
     BATCHES = 4
     BLOCKS = 5

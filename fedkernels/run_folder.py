@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .checkpoint import differences
@@ -40,15 +41,28 @@ def fingerprint(config: Config) -> dict[str, Any]:
     return {key: value for key, value in resolved(config).items() if key not in free}
 
 
-def open_run(config: Config, data: Dataset, partition: Partition, *, resume: bool) -> None:
-    """Create the folder, or check that a resumed run is the one in it, and write what the run is.
+def check_unused(run_dir: Path) -> None:
+    """Refuse a folder that holds a run.
+
+    Raises:
+        ConfigError: it does, or it cannot be looked into.
+    """
+    try:
+        used = any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+    except OSError as error:
+        raise ConfigError(f"run_dir: cannot look into {run_dir}: {error}") from None
+    if used:
+        raise ConfigError(f"run_dir: {run_dir} already holds a run; continue it with --resume or choose another name")
+
+
+def open_run(config: Config, data: Dataset, partition: Partition) -> None:
+    """Create the folder, or check that the run in it is this one, and write what the run is.
 
     Args:
         partition: training samples of each client, summed up in `partition.json`.
-        resume: the folder may hold this run already.
 
     Raises:
-        ConfigError: the folder holds a run, or on resume another one, or cannot be written.
+        ConfigError: the folder holds another run, or cannot be written.
     """
     run_dir = config.run_dir
     files = {
@@ -57,11 +71,6 @@ def open_run(config: Config, data: Dataset, partition: Partition, *, resume: boo
         "partition.json": json.dumps(_partition_facts(data, partition)),
     }
     try:
-        there = any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
-        if there and not resume:
-            raise ConfigError(
-                f"run_dir: {run_dir} already holds a run; continue it with --resume or choose another name"
-            )
         if (run_dir / "config.yaml").exists():
             before = fingerprint(load(run_dir / "config.yaml", {}))
             if changed := differences(before, fingerprint(config)):
@@ -77,7 +86,7 @@ def save_model(config: Config, data: Dataset, parameters: dict[str, Tensor], rou
     """Write the model as `model.safetensors` and, in `model.json`, how to build it."""
     tensors = {name: value.detach().cpu().clone() for name, value in parameters.items()}
     temporary = config.run_dir / ".model.safetensors"
-    save_file(tensors, temporary)
+    temporary.write_bytes(save(tensors))
     os.replace(temporary, config.run_dir / "model.safetensors")
     facts = {
         "model": resolved(config)["model"],
@@ -94,7 +103,7 @@ def load_model(folder: Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: one of the two is not there.
-        ValueError: their parameters do not fit together.
+        ValueError: their parameters do not fit together, or a file is damaged.
 
     Example:
         `model = load_model(Path("runs/digits-fedmuon")); logits = model(images)`
@@ -102,7 +111,10 @@ def load_model(folder: Path) -> nn.Module:
     facts = json.loads((folder / "model.json").read_text())
     config = choice(MODELS, facts["model"], "model")
     module: nn.Module = config.build(facts["kind"], tuple(facts["input_shape"]), facts["classes"])
-    missing, unknown = module.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    try:
+        missing, unknown = module.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder / 'model.safetensors'}: {error}") from None
     # A tied parameter goes by several names in a state dict, and is saved under its first.
     if absent := unknown + [name for name, _ in module.named_parameters() if name in missing]:
         raise ValueError(f"{folder}: model.json and model.safetensors differ in {', '.join(absent)}")

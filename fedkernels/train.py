@@ -24,7 +24,7 @@ from .federated.engine import Engine, EngineSettings
 from .federated.objective import Objective
 from .metrics import MetricsWriter, Progress
 from .rng import Purpose, stream
-from .run_folder import fingerprint, open_run, save_model
+from .run_folder import check_unused, fingerprint, open_run, save_model
 
 
 @dataclass
@@ -86,12 +86,13 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
     """
     device = pick_device(config.device)
     collectives = join(device)
-    engine, data, partition = collectives.agree(lambda: build(config, collectives))
     leader = collectives.rank == 0
+    collectives.agree(lambda: check_unused(config.run_dir) if leader and not resume else None)
+    engine, data, partition = collectives.agree(lambda: build(config, collectives))
     checkpoints = config.run_dir / "checkpoints"
     restored = checkpoint.restore(checkpoints, engine, fingerprint(config)) if resume else None
     choice = engine.choice or engine.settle()
-    collectives.agree(lambda: open_run(config, data, partition, resume=resume) if leader else None)
+    collectives.agree(lambda: open_run(config, data, partition) if leader else None)
     totals, notes = restored or ({"time_s": 0.0}, [])
     if resume and restored is None:
         notes = [f"no checkpoint in {checkpoints}: starting from round 1"]

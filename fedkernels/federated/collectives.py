@@ -110,7 +110,7 @@ class Collectives:
         failure: Exception | None = None
         try:
             outcome = step()
-        except (ValueError, OSError, RuntimeError) as error:
+        except Exception as error:
             failure = error
         for other in self.gather(failure):
             if other is not None:

@@ -324,7 +324,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(
     copied: Runs, override: list[str], said: str, error_line: Callable[[], str]
 ) -> None:
     before = snapshot(copied / "four")
-    assert copied.train("four", *override, "--resume") == 1
+    assert copied.train("four", *override, "--resume") == 2
     message = error_line()
     assert said in message
     assert "belongs to another configuration" in message
@@ -333,7 +333,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(
 
 def test_a_cosine_run_cannot_be_prolonged(runs: Runs, error_line: Callable[[], str]) -> None:
     assert runs.train("a", "--schedule", "cosine", "--rounds", "2") == 0
-    assert runs.train("a", "--schedule", "cosine", "--rounds", "3", "--resume") == 1
+    assert runs.train("a", "--schedule", "cosine", "--rounds", "3", "--resume") == 2
     assert "rounds was 2, now 3" in error_line()
 
 

@@ -140,8 +140,8 @@ def test_partition_refuses_what_train_refuses(runs: Runs, error_line: Callable[[
     assert error_line() == "partition: unknown name 'dirichlett'; did you mean 'dirichlet'?"
     assert main([*arguments, "--clients", "2000"]) == 2
     assert "2000 clients" in error_line()
-    assert main([*arguments[:-1], str(runs / "nowhere" / "split.png")]) != 0
-    assert "nowhere" in error_line()
+    assert main([*arguments[:-1], str(runs.config / "split.png")]) != 0
+    assert "config.yaml" in error_line()
     assert not (runs / "split.png").exists()
 
 

@@ -127,6 +127,21 @@ def test_a_model_of_other_parameters_is_refused(run: Runs, tmp_path: Path, chang
         load_model(tmp_path)
 
 
+def test_a_model_of_another_shape_or_cut_short_is_refused(run: Runs, tmp_path: Path) -> None:
+    shutil.copy(run / "a" / "model.json", tmp_path)
+    save_file(run.weights("a") | {"head.bias": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"size mismatch for head\.bias"):
+        load_model(tmp_path)
+    content = (run / "a" / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:-5])
+    with pytest.raises(ValueError, match=r"model\.safetensors: "):
+        load_model(tmp_path)
+
+
+def test_others_may_read_the_model(run: Runs) -> None:
+    assert (run / "a" / "model.safetensors").stat().st_mode == (run / "a" / "config.yaml").stat().st_mode
+
+
 def test_the_model_scores_what_the_last_row_says(run: Runs) -> None:
     data, model = Digits().load(), load_model(run / "a").double()
     pixels = data.test_inputs.double() / 255

@@ -5,6 +5,8 @@ A new algorithm joins by itself with its defaults; it needs its closed forms in 
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -211,6 +213,14 @@ def test_assigning_a_server_vector_raises(name: str, monkeypatch: pytest.MonkeyP
 
         with monkeypatch.context() as patch, pytest.raises(AttributeError, match=r"the down wires: '\w+' is read-only"):
             with_client(CASES[name], patch, change).run_round()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_vectors_can_be_copied(copied: Callable[[Vectors], Vectors]) -> None:
+    again = copied(Vectors({"x": torch.arange(3)}, what="it", read_only=True))
+    assert again.x.tolist() == [0, 1, 2]
+    with pytest.raises(AttributeError, match="it: 'x' is read-only"):
+        again.x = torch.zeros(3)
 
 
 @pytest.mark.parametrize("name", WRITES)

@@ -90,7 +90,8 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
     collectives.agree(lambda: check_unused(config.run_dir) if leader and not resume else None)
     engine, data, partition = collectives.agree(lambda: build(config, collectives))
     checkpoints = config.run_dir / "checkpoints"
-    restored = checkpoint.restore(checkpoints, engine, fingerprint(config)) if resume else None
+    identity = fingerprint(config)
+    restored = checkpoint.restore(checkpoints, engine, identity) if resume else None
     choice = engine.choice or engine.settle()
     collectives.agree(lambda: open_run(config, data, partition) if leader else None)
     totals, notes = restored or ({"time_s": 0.0}, [])
@@ -115,7 +116,7 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
                 if log is not None:
                     log.write({"round": engine.round, "time_s": totals["time_s"], **row})
                 if engine.round % config.checkpoint_every == 0 or last or engine.stop_agreed:
-                    checkpoint.save(checkpoints, engine, fingerprint(config), totals, config.keep_checkpoints)
+                    checkpoint.save(checkpoints, engine, identity, totals, config.keep_checkpoints)
             collectives.agree(lambda: log.check() if log is not None else None)
             if engine.round < config.rounds:
                 stopped_by = next(number for numbers in collectives.gather(received) for number in numbers)

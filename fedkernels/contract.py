@@ -25,6 +25,7 @@ class Wire:
         reduce: `mean` over the cohort (weighted when the run weights clients) or `sum`.
         only_block: the client sends its own block and the shared block only; the mean of a block is over the clients
             that were assigned that block, and the collective moves only those slices. Needs `like="params"`.
+        diagnostic: rides along for `Algorithm.metrics`; a federation would not send it, so it is no protocol byte.
 
     Example:
         >>> Wire("scalar").size(Layout.of(nn.Linear(3, 2)))
@@ -34,6 +35,7 @@ class Wire:
     like: Literal["params", "matrices", "scalar"] | int = "params"
     reduce: Literal["mean", "sum"] = "mean"
     only_block: bool = False
+    diagnostic: bool = False
 
     def size(self, layout: Layout) -> int:
         """Floats per client on this wire, were it sent whole."""
@@ -249,3 +251,12 @@ class Algorithm(ABC):
             agg: the aggregated wires, `[size]` each, read-only.
             r: the round, with the number of clients that count.
         """
+
+    def metrics(self, s: Vectors, agg: Vectors, r: Round) -> dict[str, float]:
+        """Further numbers of a round for `metrics.jsonl`, by name; none by default.
+
+        Args:
+            s: the server state before the round's update.
+            agg, r: as `server` gets them.
+        """
+        return {}

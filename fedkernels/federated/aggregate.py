@@ -108,6 +108,8 @@ def protocol_bytes(
     sizes = [layout.block(b).stop - layout.block(b).start for b in range(layout.n_blocks)]
     up = 0
     for wire in wires.values():
+        if wire.diagnostic:
+            continue
         if wire.only_block:
             up += sum(sizes[b] for b in blocks if b is not None) + len(blocks) * (shared.stop - shared.start)
         else:

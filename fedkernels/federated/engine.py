@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from .evaluators import BoundModule, Choice, Evaluator, EvaluatorName, choose, m
 from .objective import Objective
 from .schedule import LrSchedule, assign_blocks, learning_rate, place, sample_cohort
 from .store import ClientStore
+from .task import LocalTask
 
 EVAL_BATCH = 256
 # The engine's own numbers in the bucket; busy seconds of every rank and work of every rank follow.
@@ -62,42 +63,6 @@ class EngineSettings:
     reduce_dtype: Literal["float64", "float32"] = "float64"
     on_nonfinite: Literal["error", "drop_client"] = "error"
     store_memory_bytes: float = 2.0**30
-
-
-class LocalTask:
-    """`Task` for the clients of one batch, see `fedkernels.contract`."""
-
-    def __init__(self, engine: Engine, clients: Sequence[int], r: Round, evaluator: Evaluator, g: Tensor) -> None:
-        self.layout = engine.layout
-        self.round = r
-        self.lr = r.lr
-        self._batches = engine.batches.draw(clients, r.index)
-        self._evaluator = evaluator
-        self._g = g
-        self._clip_norm = engine.settings.clip_norm
-        steps = engine.batches.steps(clients)
-        self.steps = torch.as_tensor(steps, dtype=g.dtype, device=g.device)[:, None]
-        self.loss_sum = torch.zeros(len(clients), dtype=g.dtype, device=g.device)
-        self.loss_count = torch.zeros_like(self.loss_sum)
-
-    def batches(self) -> Iterator[Batch]:
-        return self._batches
-
-    def grad(self, y: Tensor, batch: Batch) -> Tensor:
-        losses = self._evaluator(y, batch, self._g)
-        if batch.active is None:
-            self.loss_count += 1
-        else:
-            active = batch.active.to(losses.device)
-            losses = torch.where(active, losses, 0)
-            self.loss_count += active
-        self.loss_sum += losses
-        if self._clip_norm != float("inf"):
-            norms = torch.linalg.vector_norm(self._g, dim=1, keepdim=True)
-            # On a CPU a look at the norms is cheaper than scaling by one; on a GPU it would stop the queue.
-            if self._g.is_cuda or bool((norms > self._clip_norm).any()):
-                self._g.mul_((self._clip_norm / norms).clamp_(max=1))
-        return self._g
 
 
 class Engine:
@@ -259,9 +224,10 @@ class Engine:
         if dropped and settings.on_nonfinite == "error":
             raise NonFiniteUpdateError("; ".join(self.dropped))
         self.stop_agreed = stop > 0
+        metrics: dict[str, float] = {}
         if clients:
             done = Round(self.round, int(clients), self.population, self.nominal_steps, lr)
-            self._update_server(agg, done)
+            metrics = self._update_server(agg, done)
         self._note_speeds(per_rank[:world], per_rank[world:])
         self.round += 1
         up_bytes, down_bytes = protocol_bytes(
@@ -281,6 +247,7 @@ class Engine:
             "rank_idle": 1 - sum(per_rank[:world]) / (world * busiest) if busiest else 0.0,
             "cohort": int(clients),
             "dropped": int(dropped),
+            **metrics,
         }
 
     def _train(
@@ -290,7 +257,9 @@ class Engine:
         assert self._evaluator is not None
         if len(self._gradients) != len(ids):
             self._gradients = down.x.new_empty(len(ids), self.layout.d)
-        task = LocalTask(self, ids, nominal, self._evaluator, self._gradients)
+        task = LocalTask(
+            self.layout, self.batches, ids, nominal, self._evaluator, self._gradients, self.settings.clip_norm
+        )
         keep = Vectors(self.store.get(ids, down.x.device), what="the client's kept state")
         versions = {name: value._version for name, value in down.items()}
         up = self.algorithm.client(down, keep, task)
@@ -331,12 +300,15 @@ class Engine:
             totals = torch.stack([value.sum(1, dtype=torch.float64) for value in up.values()])
         return torch.isfinite(totals).all(0).tolist()
 
-    def _update_server(self, agg: Vectors, r: Round) -> None:
+    def _update_server(self, agg: Vectors, r: Round) -> dict[str, float]:
+        """Let the algorithm fold the aggregate in; returns its metrics."""
         before = Vectors(self.server, what="the server", read_only=True)
+        metrics = self.algorithm.metrics(before, agg, r)
         new = self.algorithm.server(before, agg, r)
         if unknown := set(new) - set(self.server):
             raise RuntimeError(f"{type(self.algorithm).__name__}.server returned {unknown}, which init did not declare")
         self.server.update(new)
+        return metrics
 
     def _move(self, ids: Sequence[int], placed: Sequence[Sequence[int]]) -> None:
         """Bring kept state to the ranks that train its clients this round."""

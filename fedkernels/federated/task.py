@@ -1,0 +1,56 @@
+"""The local work of a batch of clients: their mini-batches, clipped gradients and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..contract import Batch, Round
+from ..layout import Layout
+from .batches import Batches
+from .evaluators import Evaluator
+
+
+class LocalTask:
+    """`Task` for the clients of one batch, see `fedkernels.contract`."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        batches: Batches,
+        clients: Sequence[int],
+        r: Round,
+        evaluator: Evaluator,
+        g: Tensor,
+        clip_norm: float,
+    ) -> None:
+        self.layout = layout
+        self.round = r
+        self.lr = r.lr
+        self._batches = batches.draw(clients, r.index)
+        self._evaluator = evaluator
+        self._g = g
+        self._clip_norm = clip_norm
+        self._counted: Batch | None = None
+        self.steps = torch.as_tensor(batches.steps(clients), dtype=g.dtype, device=g.device)[:, None]
+        self.loss_sum = torch.zeros(len(clients), dtype=g.dtype, device=g.device)
+        self.loss_count = torch.zeros_like(self.loss_sum)
+
+    def batches(self) -> Iterator[Batch]:
+        return self._batches
+
+    def grad(self, y: Tensor, batch: Batch) -> Tensor:
+        losses = self._evaluator(y, batch, self._g)
+        if batch is not self._counted:  # a second gradient on a batch is at a perturbed point
+            self._counted = batch
+            active = None if batch.active is None else batch.active.to(losses.device)
+            self.loss_sum += losses if active is None else torch.where(active, losses, 0)
+            self.loss_count += 1 if active is None else active
+        if self._clip_norm != float("inf"):
+            norms = torch.linalg.vector_norm(self._g, dim=1, keepdim=True)
+            # On a CPU a look at the norms is cheaper than scaling by one; on a GPU it would stop the queue.
+            if self._g.is_cuda or bool((norms > self._clip_norm).any()):
+                self._g.mul_((self._clip_norm / norms).clamp_(max=1))
+        return self._g

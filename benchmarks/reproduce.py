@@ -40,12 +40,19 @@ def grid(name: str) -> tuple[float, ...]:
 
 
 def configuration(suite: str, name: str, overrides: dict[str, Any]) -> Config:
-    """`configs/<suite>/<name>.yaml`, or the suite's federation with the algorithm of the digits configuration."""
+    """`configs/<suite>/<name>.yaml`, or the suite's federation with the method of the digits configuration."""
     path = ROOT / "configs" / suite / f"{name}.yaml"
     if not path.exists():
-        algorithm = yaml.safe_load((ROOT / "configs" / "digits" / f"{name}.yaml").read_text())["algorithm"]
-        path, overrides = path.with_name("fedavg.yaml"), {"algorithm": algorithm} | overrides
+        digits = yaml.safe_load((ROOT / "configs" / "digits" / f"{name}.yaml").read_text())
+        method = {key: digits[key] for key in ("algorithm", "privacy", "sampling", "lr") if key in digits}
+        path, overrides = path.with_name("fedavg.yaml"), method | overrides
     return load(path, overrides)
+
+
+def best_rates(file: Path) -> dict[str, float]:
+    """The learning rate of every method that `--tune` found best."""
+    accuracy = json.loads(file.read_text())["details"]["accuracy"]
+    return {name: float(max(tried, key=lambda lr: tried[lr])) for name, tried in accuracy.items()}
 
 
 def run(suite: str, name: str, overrides: dict[str, Any], sharpness: bool) -> tuple[list[Row], float | None]:
@@ -97,7 +104,7 @@ def measure(suite: str, claims: Sequence[Claim], seeds: int, jobs: int, options:
     outcomes = {}
     for index, name in enumerate(names):
         mine = results[index * seeds : (index + 1) * seeds]
-        lr = configuration(suite, name, options).lr
+        lr = configuration(suite, name, own[name]).lr
         sharpness = [value for _, value in mine if value is not None]
         outcomes[name] = Outcome(name, lr, [rows for rows, _ in mine], sharpness)
     return outcomes
@@ -199,6 +206,7 @@ def main() -> None:
     parser.add_argument("--path", type=Path, help="folder of CIFAR-100's Python pickles, for its suite")
     parser.add_argument("--claims", nargs="+", choices=[claim.key for claim in CLAIMS], help="only these")
     parser.add_argument("--tune", action="store_true", help="try the learning rates instead")
+    parser.add_argument("--rates", type=Path, help="result file of --tune, to take its best learning rates")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, help="instead of the configurations' own")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
@@ -216,7 +224,8 @@ def main() -> None:
         table, details = tune(chosen.suite, names, chosen.jobs, options)
         report(f"reproduction-{chosen.suite}-tuning", table, details, chosen.out)
         return
-    outcomes = measure(chosen.suite, claims, chosen.seeds, chosen.jobs, options)
+    rates = best_rates(chosen.rates) if chosen.rates else {}
+    outcomes = measure(chosen.suite, claims, chosen.seeds, chosen.jobs, options, rates)
     rows = [[c.paper, c.sentence, verdict(f := c.judge(outcomes)), "; ".join(x.text for x in f)] for c in claims]
     details = {name: numbers_of(outcome) for name, outcome in outcomes.items()}
     table = {"columns": ["paper", "claim", "verdict", "findings"], "rows": rows}

@@ -95,11 +95,18 @@ def tune(suite: str, names: Sequence[str], jobs: int, options: dict[str, Any]) -
     return {"columns": columns, "rows": lines}, {"seed": TUNING_SEED, "accuracy": accuracy, "options": options}
 
 
-def measure(suite: str, claims: Sequence[Claim], seeds: int, jobs: int, options: dict[str, Any]) -> dict[str, Outcome]:
-    """The runs of every configuration that a claim needs, each once."""
+def measure(
+    suite: str, claims: Sequence[Claim], seeds: int, jobs: int, options: dict[str, Any], rates: dict[str, float]
+) -> dict[str, Outcome]:
+    """The runs of every configuration that a claim needs, each once.
+
+    Args:
+        rates: learning rates by name, instead of the configurations' own.
+    """
     names = list(dict.fromkeys(name for claim in claims for name in claim.names))
     sharp = {name for claim in claims if claim.sharpness for name in claim.names}
-    wanted = [(name, {"seed": seed} | options) for name in names for seed in range(seeds)]
+    own = {name: options | ({"lr": rates[name]} if name in rates else {}) for name in names}
+    wanted = [(name, {"seed": seed} | own[name]) for name in names for seed in range(seeds)]
     results = run_all(suite, jobs, wanted, sharp)
     outcomes = {}
     for index, name in enumerate(names):

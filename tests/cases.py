@@ -58,6 +58,13 @@ CASES = {
     "fedadamw-none": Case("fedadamw", D, 2 * D, {"second_moment": "none"}),
     "fedmuon": Case("fedmuon", D + D_MATRIX, 2 * D + D_MATRIX),
     "fedmuon-unshared": Case("fedmuon", D, 2 * D, {"share_momentum": False}),
+    "fednsam": Case("fednsam", D, 2 * D),
+    "fednsam-local": Case("fednsam", D, D, {"perturbation": "local"}),
+    "fedsam": Case("fedsam", D, D),
+    "mofedsam": Case("mofedsam", D, 2 * D),
+    "fedgamma": Case("fedgamma", 2 * D, 2 * D, kept=D),
+    "fedlesam": Case("fedlesam", D, D, kept=D),
+    "fedsmoo": Case("fedsmoo", 2 * D, 2 * D, kept=2 * D),
     "fedbcgd": Case("fedbcgd", (D - D_HEAD) / BLOCKS + D_HEAD, D, {"blocks": BLOCKS}, whole=D_HEAD),
 }
 

@@ -4,7 +4,12 @@ from ..contract import Algorithm
 from .fedadamw import FedAdamW
 from .fedavg import FedAvg
 from .fedbcgd import FedBcgd
+from .fedgamma import FedGamma
+from .fedlesam import FedLesam
 from .fedmuon import FedMuon
+from .fednsam import FedNsam
+from .fedsam import FedSam, MoFedSam
+from .fedsmoo import FedSmoo
 from .local_adamw import LocalAdamW
 from .local_muon import LocalMuon
 from .scaffold import Scaffold
@@ -17,4 +22,10 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "fedadamw": FedAdamW,
     "fedmuon": FedMuon,
     "fedbcgd": FedBcgd,
+    "fednsam": FedNsam,
+    "fedsam": FedSam,
+    "mofedsam": MoFedSam,
+    "fedgamma": FedGamma,
+    "fedlesam": FedLesam,
+    "fedsmoo": FedSmoo,
 }

@@ -51,7 +51,9 @@ def train_cohort(engine: Engine, lr: float) -> TrainedCohort:
     assert engine.choice is not None
     together = engine.choice.clients_per_batch
     nominal = Round(engine.round, len(ids), engine.population, engine.nominal_steps, lr)
-    batches = [_train(engine, ids[first : first + together], nominal, evaluator) for first in range(0, len(ids), together)]
+    batches = [
+        _train(engine, ids[first : first + together], nominal, evaluator) for first in range(0, len(ids), together)
+    ]
     ys, ups = zip(*batches, strict=True)
     up = {name: torch.cat([part[name] for part in ups]) for name in engine.wires}
     y = torch.cat(ys)

@@ -30,7 +30,8 @@ class Ritz:
 def lanczos(product: Product, draw: Callable[[], Tensor], iterations: int, tolerance: float) -> Ritz:
     """Lanczos with full reorthogonalisation, until the largest eigenvalue has settled.
 
-    `H Q_k = Q_k T_k + β_k q_{k+1} e_kᵀ` with tridiagonal `T_k = S Θ Sᵀ`; the Ritz value θ_j has residual `β_k |S_{kj}|`.
+    `H Q_k = Q_k T_k + β_k q_{k+1} e_kᵀ` with tridiagonal `T_k = S Θ Sᵀ`; the Ritz value θ_j has residual
+    `β_k |S_{kj}|`.
     Where the Krylov space ends early, as it does at repeated eigenvalues, the recursion goes on from a new random
     vector: d iterations give the whole spectrum.
 

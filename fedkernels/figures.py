@@ -123,7 +123,14 @@ def bar_chart(title: str, bars: Sequence[Bar], reference: tuple[str, float] | No
             offset = (4 if value >= 0 else -4, 0)
             side: Any = "left" if value >= 0 else "right"
             axes.annotate(
-                f"{value:.3g}", (value, place), offset, textcoords="offset points", ha=side, va="center", fontsize=8.5
+                f"{value:.3g}",
+                (value, place),
+                offset,
+                textcoords="offset points",
+                ha=side,
+                va="center",
+                fontsize=8.5,
+                bbox={"facecolor": _PAPER, "linewidth": 0, "pad": 0.8},  # a reference line may pass behind it
             )
         if reference is not None:
             name, at = reference
@@ -131,21 +138,21 @@ def bar_chart(title: str, bars: Sequence[Bar], reference: tuple[str, float] | No
             axes.legend(loc="lower left", bbox_to_anchor=(0, -0.24), frameon=False, fontsize=9.5, borderpad=0)
         axes.margins(x=0.14)
         axes.set_yticks(places, [bar.name if len(bar.name) <= 26 else f"…{bar.name[-25:]}" for bar in bars], fontsize=9)
-        axes.invert_yaxis()
+        axes.set_ylim(max(len(bars), 8) - 0.5, -0.5)  # few bars do not grow fat
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.set_title(title)
         return _svg(figure, title)
 
 
-def contour_chart(title: str, label: str, offsets: np.ndarray, z: np.ndarray, *, small: bool = False) -> str:
-    """Level sets of `z [n, n]` over a square, darker where it is higher, with a dot in the middle.
+def contour_chart(title: str, label: str, offsets: np.ndarray, z: np.ndarray) -> str:
+    """Level sets of `z [n, n]` over a square, of stronger colour where it is higher, with a dot in the middle.
 
     Levels are evenly spaced in log z where z is positive and spans more than a decade.
     """
     description = f"{title}, contours"
     with mpl.rc_context({**_STYLE, "svg.hashsalt": description}):
-        figure = Figure(figsize=(3.7, 3.5) if small else (4.9, 4.5), layout="constrained")
+        figure = Figure(figsize=(4.9, 4.5), layout="constrained")
         axes = figure.add_subplot(aspect="equal")
         z = np.where(np.isfinite(z), z, np.nan)
         low, high = float(np.nanmin(z)), float(np.nanmax(z))
@@ -173,8 +180,8 @@ def matrix_chart(title: str, names: Sequence[str], values: np.ndarray) -> str:
         for i in range(n):
             for j in range(n):
                 color, value = SERIES[int(values[i, j] < 0)][0], float(values[i, j])
-                box = Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=color, alpha=min(1, abs(value)), edgecolor=_PAPER)
-                axes.add_patch(box)
+                face = (*to_rgb(color), 0.65 * min(1, abs(value)))  # never so strong that the number is hard to read
+                axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=face, edgecolor=_PAPER))
                 if n <= 12:
                     axes.text(j, i, f"{value:.2f}".replace("0.", "."), ha="center", va="center", fontsize=8)
         axes.set_xlim(-0.5, n - 0.5)

@@ -114,6 +114,8 @@ td small, th small { display: block; font-weight: 400; font-size: 11.5px }
 .box { display: inline-block; width: 11px; height: 11px; margin-right: 5px; border-radius: 2px }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 0 0 10px; font-size: 14px }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); gap: 18px 24px }
+.scroll + .legend, .quiet + .scroll { margin-top: 14px }
+.scroll + .grid, .grid + .grid { margin-top: 22px }
 .grid.small { grid-template-columns: repeat(auto-fill, minmax(min(250px, 100%), 1fr)) }
 figure { margin: 0; min-width: 0 }
 .small figure { max-width: 330px }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,20 +56,18 @@ def diagnose(engine: Engine, settings: DiagnosisSettings) -> dict[str, Any]:
     is the mean over its own, measured at y_i, where a round of local training from x ends.
 
     Raises:
-        ValueError: the loss at x is not finite, or the cohort is empty.
+        ValueError: a loss is not finite, or the cohort is empty.
         NonFiniteUpdateError: a client's training ends at NaN or infinity.
     """
     x, partition = engine.server.x, engine.batches.partition
     lr = engine.settings.lr if settings.lr is None else settings.lr
     f = _loss(engine, partition.indices, settings, 0)
-    if not np.isfinite(f(x)):
-        raise ValueError(f"the loss at the server's model is {f(x)}: a model that has diverged cannot be measured")
+    here = _measure(f, x, settings, 0, "the server's model")
     cohort = train_cohort(engine, lr)
-    here = _measure(f, x, settings, 0)
     local = []
     for client, y in zip(cohort.clients, cohort.y, strict=True):
         f_i = _loss(engine, partition[client], settings, client + 1)
-        local.append({"client": client, **_measure(f_i, y, settings, client + 1)})
+        local.append({"client": client, **_measure(f_i, y, settings, client + 1, f"client {client}'s model")})
     found = {
         "algorithm": type(engine.algorithm).__name__,
         "round": engine.round,
@@ -145,9 +144,11 @@ def _rademacher(x: Tensor, seed: int, what: int, place: int) -> Callable[[], Ten
     return lambda: torch.from_numpy(2.0 * rng.integers(0, 2, x.numel()) - 1).to(x.device, x.dtype)
 
 
-def _measure(f: SampleLoss, x: Tensor, settings: DiagnosisSettings, place: int) -> dict[str, Any]:
+def _measure(f: SampleLoss, x: Tensor, settings: DiagnosisSettings, place: int, whose: str) -> dict[str, Any]:
     """Every measure of f at x, by name."""
-    seed = settings.seed
+    seed, loss = settings.seed, f(x)
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss at {whose} is {loss}: a model that has diverged cannot be measured")
 
     def product(v: Tensor) -> Tensor:
         return f.hvp(x, v)
@@ -158,7 +159,7 @@ def _measure(f: SampleLoss, x: Tensor, settings: DiagnosisSettings, place: int) 
     draw = _gaussian(x, seed, _ASCENT, place)
     sharpness = sam_sharpness(f, x, settings.rho, settings.ascent_steps, draw)
     found: dict[str, dict[str, Any]] = {
-        "loss": {"value": f(x)},
+        "loss": {"value": loss},
         "gradient_norm": {"value": float(torch.linalg.vector_norm(f.gradient(x)))},
         "lambda_max": {"value": top, "residual": residual, "iterations": len(ritz.values)}
         | {"settled": residual <= settings.tolerance * abs(top)},

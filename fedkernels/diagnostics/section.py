@@ -41,9 +41,9 @@ def _first(group: Group) -> Mapping[str, Any]:
     return next((run.diagnosis for run in group.runs if run.diagnosis), {})
 
 
-def _grid(charts: Sequence[str], size: str = "") -> str:
+def _grid(charts: Sequence[str]) -> str:
     figures = "".join(f"<figure>{chart}</figure>" for chart in charts)
-    return f'<div class="grid{size}">{figures}</div>' if charts else ""
+    return f'<div class="grid">{figures}</div>' if charts else ""
 
 
 def _round_wise(groups: Sequence[Group]) -> str:
@@ -58,7 +58,7 @@ def _of_one(group: Group) -> str:
     found = _first(group)
     return (
         f'<p class="quiet">{esc(_setting(found))}</p>'
-        f"{_measures(found)}{_grid([_line_slice([(0, group)]), _square(found, ''), *_curvature(found)])}"
+        f"{_measures(found)}{_grid([_line_slice([(0, group)]), _square(found), *_updates(found)])}"
         f"{_grid([*_clients(found), *_drift(found)])}"
     )
 
@@ -111,10 +111,7 @@ def _side_by_side(diagnosed: Sequence[tuple[int, Group]], groups: Sequence[Group
         rows.append(f"<tr><th>{swatch(style)}{esc(group.label)}{note}</th>{numbers}</tr>")
     head = [f"{esc(statistic.title)}<small>{esc(statistic.note)}</small>" for statistic in statistics]
     squares = [_square(_first(group), group.label) for _, group in diagnosed]
-    return (
-        f"{scrolling_table(head, rows)}{legend(groups)}{_grid([_line_slice(diagnosed)])}"
-        f"{_grid(squares, ' small') if squares else ''}"
-    )
+    return f"{scrolling_table(head, rows)}{legend(groups)}{_grid([_line_slice(diagnosed), *squares])}"
 
 
 def _value(name: str, *path: str) -> Any:
@@ -136,38 +133,40 @@ def _line_slice(diagnosed: Sequence[tuple[int, Group]]) -> str:
     return line_chart("Loss along a random direction", "filter-normalised offset from x", curves, log=True)
 
 
-def _square(found: Mapping[str, Any], label: str) -> str:
+def _square(found: Mapping[str, Any], label: str = "") -> str:
     square = found["slices"]["square"]
-    title = label or "Loss over two random directions"
-    loss = np.array(square["loss"], dtype=float)
-    return contour_chart(
-        title, "filter-normalised offsets from x", np.array(square["offsets"]), loss, small=bool(label)
-    )
+    title = f"Loss over two directions, {label}" if label else "Loss over two random directions"
+    offsets, loss = np.array(square["offsets"]), np.array(square["loss"], dtype=float)
+    return contour_chart(title, "filter-normalised offsets from x", offsets, loss)
 
 
-def _curvature(found: Mapping[str, Any]) -> list[str]:
-    charts = []
-    for name in ("lambda_max", "sharpness_ascent"):
-        record = found["measures"][name]
-        bars = [Bar(f"client {point['client']}", point["value"]) for point in record["local"][:MAX_CLIENTS]]
-        charts.append(bar_chart(f"{TITLES[name]} of f_i at y_i", bars, ("global, at x", record["global"]["value"])))
-    return charts
+def _updates(found: Mapping[str, Any]) -> list[str]:
+    updates = found["updates"]
+    names = [str(client) for client in updates["clients"][:MAX_CLIENTS]]
+    cosine = np.array(updates["cosine"])[: len(names), : len(names)]
+    return [matrix_chart("Cosine between updates", names, cosine)] if len(names) > 1 else []
 
 
 def _clients(found: Mapping[str, Any]) -> list[str]:
-    updates = found["updates"]
-    names = [str(client) for client in updates["clients"][:MAX_CLIENTS]]
-    shown = len(names)
-    norms = [Bar(f"client {name}", norm) for name, norm in zip(names, updates["norm"], strict=False)]
-    to_mean = [Bar(f"client {name}", cosine) for name, cosine in zip(names, updates["cosine_to_mean"], strict=False)]
-    charts = [
-        bar_chart("Norm of the update y_i − x", norms, ("of the mean", updates["norm_of_mean"])),
-        bar_chart("Cosine of the update to the mean", to_mean),
+    updates, measures = found["updates"], found["measures"]
+
+    def bars(values: Sequence[float | None]) -> list[Bar]:
+        named = zip(updates["clients"], values, strict=True)
+        return [Bar(f"client {i}", value) for i, value in named if value is not None][:MAX_CLIENTS]
+
+    def local(name: str) -> list[Bar]:
+        return bars([point["value"] for point in measures[name]["local"]])
+
+    def at_x(name: str) -> tuple[str, float]:
+        return "f at x", measures[name]["global"]["value"]
+
+    return [
+        bar_chart("λ_max of the Hessian of f_i at y_i", local("lambda_max"), at_x("lambda_max")),
+        bar_chart("Trace of the Hessian of f_i at y_i", local("trace"), at_x("trace")),
+        bar_chart("Sharpness of f_i at y_i, by ascent", local("sharpness_ascent"), at_x("sharpness_ascent")),
+        bar_chart("Norm of the update y_i − x", bars(updates["norm"]), ("of the mean", updates["norm_of_mean"])),
+        bar_chart("Cosine of the update to the mean", bars(updates["cosine_to_mean"])),
     ]
-    if shown > 1:
-        cosine = np.array(updates["cosine"])[:shown, :shown]
-        charts.append(matrix_chart("Cosine between updates", names, cosine))
-    return charts
 
 
 def _drift(found: Mapping[str, Any]) -> list[str]:

@@ -39,7 +39,7 @@ def lanczos(product: Product, draw: Callable[[], Tensor], iterations: int, toler
         product: H.
         draw: a random vector `[d]`; its dtype is that of the stored basis, inner products are float64.
         iterations: most products with H, `k ≤ d`.
-        tolerance: stop when the residual of the largest θ is at most this fraction of |θ|; 0 to go on to the end.
+        tolerance: stop when the residual of the largest θ is less than this fraction of |θ|; 0 to go on to the end.
 
     Example:
         >>> h = torch.diag(torch.tensor([1.0, 2.0, 2.0, 5.0], dtype=torch.float64))
@@ -61,7 +61,7 @@ def lanczos(product: Product, draw: Callable[[], Tensor], iterations: int, toler
         beta = float(_norm(w))
         values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1))
         ritz = Ritz(values, beta * np.abs(vectors[-1]))
-        if ritz.residuals[-1] <= tolerance * abs(values[-1]) or k == q.numel():
+        if ritz.residuals[-1] < tolerance * abs(values[-1]) or k == q.numel():
             break
         if beta <= math.sqrt(q.numel()) * torch.finfo(q.dtype).eps * np.abs(values).max():
             beta, w = 0.0, _orthogonal(draw().double(), basis)

@@ -44,8 +44,8 @@ METHODS = {
     "backward); an eigenvalue lies within `residual`, `tolerance` is relative",
     "trace": "Hutchinson: mean of zᵀHz over Rademacher probes, with its standard error",
     "sharpness_one_step": "f(x + ρ∇f(x)/‖∇f(x)‖) − f(x)",
-    "sharpness_ascent": "highest f(x+ε) − f(x) of projected gradient ascent in ‖ε‖ ≤ ρ with steps of length ρ, from "
-    "the one step on",
+    "sharpness_ascent": "f(x+ε) − f(x) after projected gradient ascent in ‖ε‖ ≤ ρ from the one step on, with steps of "
+    "length ρ that are halved where they do not rise",
 }
 
 

@@ -22,7 +22,8 @@ class Sharpness:
 def sam_sharpness(loss: SampleLoss, x: Tensor, rho: float, steps: int, draw: Callable[[], Tensor]) -> Sharpness:
     """`max f(x+ε) − f(x)` over `‖ε‖₂ ≤ ρ`, from below: by SAM's one step, and by projected gradient ascent from there.
 
-    One step: `ε = ρ ∇f(x)/‖∇f(x)‖`. Ascent: `ε ← Π_ρ(ε + ρ ∇f(x+ε)/‖∇f(x+ε)‖)`, the highest point counts.
+    One step: `ε = ρ ∇f(x)/‖∇f(x)‖`. Ascent: `ε ← Π_ρ(ε + s ∇f(x+ε)/‖∇f(x+ε)‖)` where that rises, else `s ← s/2`, from
+    `s = ρ` on. For a convex f the full step never falls.
 
     Args:
         loss: f.
@@ -35,17 +36,21 @@ def sam_sharpness(loss: SampleLoss, x: Tensor, rho: float, steps: int, draw: Cal
     (arXiv 2010.01412), eq. 2.
     """
 
-    def step(e: Tensor) -> Tensor:
+    def step(e: Tensor, length: float) -> Tensor:
         g = loss.gradient((x + e).to(x.dtype))
         if not g.any():
             g = draw().double()
-        e = e + rho / torch.linalg.vector_norm(g) * g
+        e = e + length / torch.linalg.vector_norm(g) * g
         return e * (rho / torch.linalg.vector_norm(e)).clamp(max=1)
 
-    base = loss(x)
-    e = step(torch.zeros_like(x, dtype=torch.float64))
+    base, length = loss(x), rho
+    e = step(torch.zeros_like(x, dtype=torch.float64), length)
     one_step = best = loss((x + e).to(x.dtype)) - base
     for _ in range(steps):
-        e = step(e)
-        best = max(best, loss((x + e).to(x.dtype)) - base)
+        tried = step(e, length)
+        rise = loss((x + tried).to(x.dtype)) - base
+        if rise > best:
+            e, best = tried, rise
+        else:
+            length /= 2
     return Sharpness(one_step, best)

@@ -9,7 +9,7 @@ from cases import CASES
 from support import run_rounds, tiny_engine
 
 from fedkernels.algorithms import FedAvg, FedMuon, Scaffold
-from fedkernels.contract import Batch
+from fedkernels.contract import Algorithm, Batch
 from fedkernels.diagnostics.cohort import train_cohort
 from fedkernels.federated.batches import LocalWork
 from fedkernels.federated.engine import NonFiniteUpdateError
@@ -18,8 +18,9 @@ from fedkernels.federated.schedule import sample_cohort
 WORK = LocalWork(8, local_steps=3, local_epochs=2)
 
 
-def test_the_mean_of_the_clients_is_the_next_server() -> None:
-    engine = tiny_engine(FedAvg(), schedule="constant")
+@pytest.mark.parametrize("algorithm", [FedAvg(), Scaffold()], ids=str)
+def test_the_mean_of_the_clients_is_the_next_server(algorithm: Algorithm) -> None:
+    engine = tiny_engine(algorithm, schedule="constant")
     run_rounds(engine, 2)
     cohort = train_cohort(engine, engine.settings.lr)
     row = engine.run_round()

@@ -57,3 +57,26 @@ def test_the_centre_is_where_the_model_is() -> None:
     moved = sam_sharpness(at_zero, torch.zeros_like(x), 0.3, 50, no_draw)
     assert found.one_step == pytest.approx(moved.one_step, rel=1e-10)
     assert found.ascent == pytest.approx(moved.ascent, rel=1e-10)
+
+
+def test_a_peak_inside_the_ball_is_found_there() -> None:
+    curvature = torch.diag(torch.tensor([-10.0, -4.0], dtype=torch.float64))
+    f: Any = Quadratic(curvature, torch.tensor([1.0, 0.2], dtype=torch.float64))
+    x = torch.zeros(2, dtype=torch.float64)
+    peak = (1.0**2 / 10 + 0.2**2 / 4) / 2  # at (0.1, 0.05)
+    found = sam_sharpness(f, x, 0.15, 60, no_draw)
+    assert found.one_step < 0.8 * peak
+    assert found.ascent == pytest.approx(peak, rel=1e-3)
+
+
+def test_no_point_outside_the_ball_is_looked_at() -> None:
+    class Watched(Quadratic):
+        farthest = 0.0
+
+        def __call__(self, x: torch.Tensor) -> float:
+            self.farthest = max(self.farthest, float(x.norm()))
+            return super().__call__(x)
+
+    f: Any = Watched(spectrum_matrix(EIGENVALUES), G)
+    sam_sharpness(f, torch.zeros(5, dtype=torch.float64), 0.3, 20, no_draw)
+    assert f.farthest == pytest.approx(0.3, rel=1e-12)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diagnostics.dense import DenseLoss
+from oracles.comparison import MODEL_FACTS, Built, both
 from support import tiny_data, tiny_engine, tiny_model
 from torch import Tensor, nn
 
@@ -90,7 +91,16 @@ def test_products_of_larger_models_are_differences_of_gradients(model: Any) -> N
     module = choice(MODELS, model, "model").build(data.kind, data.input_shape, data.classes).double()
     layout = Layout.of(module)
     x = layout.flatten(dict(module.named_parameters()))
-    f = SampleLoss(Objective(module, data, torch.device("cpu")), layout, np.arange(12))
+    check_products(SampleLoss(Objective(module, data, torch.device("cpu")), layout, np.arange(12)), x)
+
+
+@pytest.mark.parametrize("model", MODEL_FACTS)
+def test_products_of_every_kind_of_layer(model: Callable[[], Built]) -> None:
+    engine, _ = both(FedAvg(), model, {})
+    check_products(SampleLoss(engine.objective, engine.layout, np.arange(12)), engine.server.x)
+
+
+def check_products(f: SampleLoss, x: Tensor) -> None:
     v = draws(x)()
     e = 1e-5
     difference = (f.gradient(x + e * v / v.norm()) - f.gradient(x - e * v / v.norm())) * (v.norm() / (2 * e))

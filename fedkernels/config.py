@@ -60,6 +60,7 @@ CHOICES: dict[Any, Mapping[str, type]] = {
     PartitionChoice: PARTITIONS,
 }
 
+T = typing.TypeVar("T")
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -163,8 +164,7 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     # A choice first, then the keys below it, in whatever order they were given.
     for dotted in sorted(overrides, key=lambda dotted: dotted.count(".")):
         _set(tree, dotted, copy.deepcopy(overrides[dotted]))
-    made: Config = _make(Config, tree, "")
-    return made
+    return make(Config, tree)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -180,11 +180,16 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if following.startswith("--"):
                 raise ConfigError(f"--{key}: expected a value after it")
             text = following
-        try:
-            overrides[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            overrides[key] = text
+        overrides[key] = parse_value(text)
     return overrides
+
+
+def parse_value(text: str) -> Any:
+    """What a value on the command line means: YAML, or the text itself where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def resolved(config: Any) -> dict[str, Any]:
@@ -244,6 +249,16 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
         node = below
     # A bare name replaces a choice whole: the keys of the old choice would not fit the new one.
     node[leaf] = value
+
+
+def make(cls: type[T], tree: Mapping[Any, Any]) -> T:
+    """A configuration class from a mapping of its keys.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value that its key does not take.
+    """
+    made: T = _make(cls, tree, "")
+    return made
 
 
 def _make(cls: Any, tree: Mapping[Any, Any], where: str) -> Any:

@@ -167,6 +167,10 @@ class Task(Protocol):
         """
         ...
 
+    def trained(self, y: Tensor) -> None:
+        """Told by `run_local` where local training ended, `y [C, d]`."""
+        ...
+
 
 class LocalOptimizer(Protocol):
     """A transform from gradients to update directions, with per-client state.

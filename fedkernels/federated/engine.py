@@ -180,6 +180,14 @@ class Engine:
         self.choice, self._evaluator = choice, make(choice)
         return choice
 
+    @property
+    def evaluator(self) -> Evaluator:
+        """What computes gradients, settled if it was not yet."""
+        if self._evaluator is None:
+            self.settle()
+        assert self._evaluator is not None
+        return self._evaluator
+
     def run_round(self) -> dict[str, float | int | None]:
         """Run one round and return its metrics, timed on this rank and otherwise the same on all.
 

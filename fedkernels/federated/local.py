@@ -53,6 +53,7 @@ def run_local(
             for name, value in own.items():
                 value.copy_(torch.where(active, value, before[name]))
         y.add_(p, alpha=-task.lr)
+    task.trained(y)
     return y, own
 
 

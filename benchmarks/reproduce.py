@@ -24,13 +24,17 @@ from common import Table, arguments, markdown, report
 from matplotlib.figure import Figure
 
 from fedkernels.config import Config, load
+from fedkernels.diagnostics.loss import SampleLoss
+from fedkernels.diagnostics.sharpness import sam_sharpness
 from fedkernels.federated.collectives import Collectives
+from fedkernels.federated.engine import Engine
 from fedkernels.train import build
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNING_SEED = 1000
 # Half a decade apart; SGD's rates are those of gradients, the others those of unit-sized directions.
 GRIDS = {"sgd": (0.01, 0.03, 0.1, 0.3, 1.0), "unit": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
+RADIUS = 0.05  # of the ball in which sharpness is taken
 UNIT_SIZED = ("adamw", "muon", "soap", "sophia", "shampoo", "fedlada")
 
 
@@ -65,7 +69,14 @@ def run(suite: str, name: str, overrides: dict[str, Any], sharpness: bool) -> tu
         row = engine.run_round()
         time_s += time.perf_counter() - start
         rows.append(row | engine.evaluate() | {"time_s": time_s})
-    return rows, None
+    return rows, final_sharpness(engine) if sharpness else None
+
+
+def final_sharpness(engine: Engine) -> float:
+    """The largest rise of the mean training loss that ten ascent steps find around the final model."""
+    loss = SampleLoss(engine.objective, engine.layout, engine.batches.partition.indices)
+    x = engine.server.x
+    return sam_sharpness(loss, x, RADIUS, 10, lambda: torch.ones_like(x)).ascent
 
 
 def run_all(

@@ -4,6 +4,7 @@ from ..contract import Algorithm
 from .fedadamw import FedAdamW
 from .fedavg import FedAvg
 from .fedbcgd import FedBcgd
+from .fedbcgd_plus import FedBcgdPlus
 from .fedmuon import FedMuon
 from .local_adamw import LocalAdamW
 from .local_muon import LocalMuon
@@ -17,4 +18,5 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "fedadamw": FedAdamW,
     "fedmuon": FedMuon,
     "fedbcgd": FedBcgd,
+    "fedbcgd_plus": FedBcgdPlus,
 }

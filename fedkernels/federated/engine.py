@@ -258,7 +258,7 @@ class Engine:
         if len(self._gradients) != len(ids):
             self._gradients = down.x.new_empty(len(ids), self.layout.d)
         task = LocalTask(
-            self.layout, self.batches, ids, nominal, self._evaluator, self._gradients, self.settings.clip_norm
+            self.layout, self.batches, ids, blocks, nominal, self._evaluator, self._gradients, self.settings.clip_norm
         )
         keep = Vectors(self.store.get(ids, down.x.device), what="the client's kept state")
         versions = {name: value._version for name, value in down.items()}

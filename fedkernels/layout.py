@@ -173,7 +173,7 @@ class Layout:
         """Named views `[..., *shape]` of a flat vector `[..., d]`: no copy, one split."""
         parts = vector.split(self._sizes, dim=-1)
         lead = vector.shape[:-1]
-        return {entry.name: part.view(*lead, *entry.shape) for entry, part in zip(self.entries, parts, strict=True)}
+        return {entry.name: part.view((*lead, *entry.shape)) for entry, part in zip(self.entries, parts, strict=True)}
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Named tensors as one new flat vector `[d]`."""

@@ -69,7 +69,7 @@ CASES = {
         "fedbcgd_plus",
         2 * (BLOCK + D_HEAD),
         2 * D,
-        {"blocks": BLOCKS, "control": "ema", "svrg": True, "cut_rows": False},
+        {"blocks": BLOCKS, "control": "ema", "svrg": True},
         whole=2 * D_HEAD,
         kept=D,
     ),

@@ -55,14 +55,13 @@ class LocalTask:
         return self._clip(self._g)
 
     def full_grad(self, y: Tensor) -> Tensor:
-        samples = self._sources.partition.sizes[list(self._clients)]
         total = torch.zeros_like(self._g)
+        sizes = self._sources.partition.sizes[list(self._clients)]
+        samples = torch.as_tensor(sizes, dtype=total.dtype, device=total.device)
         for batch in self._sources.sweep(self._clients):
             self._evaluator(y, batch, self._g)
-            size = batch.targets.shape[1]
-            counts = total.new_full((len(y),), size) if batch.weights is None else batch.weights.sum(1)
-            share = (counts / torch.as_tensor(samples, dtype=y.dtype, device=y.device))[:, None]
-            part = self._g.mul_(share)
+            counted = batch.targets.shape[1] if batch.weights is None else batch.weights.sum(1)
+            part = self._g.mul_((counted / samples)[:, None])
             if batch.active is not None:  # their rows are undefined
                 part = torch.where(batch.active.to(y.device)[:, None], part, 0)
             total.add_(part)

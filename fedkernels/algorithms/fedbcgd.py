@@ -28,8 +28,8 @@ class FedBcgd(Algorithm):
         blocks: N_b, contiguous runs of layers balanced by parameter count; or the parameters of every block as name
             patterns, of which the first match wins.
         cut_rows: whether runs may begin and end at a row inside a layer. Whole layers leave blocks as uneven as the
-            model: of five the largest has 3.9 times the mean in LeNet-5 of CIFAR-100, 1.1 times in ResNet-18 and ViT-Tiny;
-            with cuts 1.01 times. Blocks of patterns are whole tensors either way.
+            model: of five, the largest has 3.9 times the mean in LeNet-5 of CIFAR-100 and 1.1 times in ResNet-18 and
+            ViT-Tiny, with cuts 1.01 times. Blocks of patterns are whole tensors either way.
         momentum: γ; 0 is the plain form.
         shared: name patterns of the shared block; None shares the output head.
 

@@ -204,9 +204,13 @@ def resolved(config: Any) -> dict[str, Any]:
         elif isinstance(value, Path):
             value = str(value)
         elif isinstance(value, tuple):
-            value = list(value)
+            value = _as_lists(value)
         plain[field.name] = value
     return plain
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -23,8 +23,8 @@ class Wire:
     Args:
         like: its shape per client: `params` is `[d]`, `matrices` is `[d_matrix]`, `scalar` is `[1]`, an int is `[n]`.
         reduce: `mean` over the cohort (weighted when the run weights clients) or `sum`.
-        only_block: the client sends its own block and the shared block only; the mean of a block is over the clients
-            that were assigned that block, and the collective moves only those slices. Needs `like="params"`.
+        only_block: the client sends its own block and the shared block only; mean or sum of a block are over the
+            clients that were assigned that block, and the collective moves only those slices. Needs `like="params"`.
         diagnostic: rides along for `Algorithm.metrics`; a federation would not send it, so it is no protocol byte.
 
     Example:
@@ -169,6 +169,15 @@ class Task(Protocol):
 
     def trained(self, y: Tensor) -> None:
         """Told by `run_local` where local training ended, `y [C, d]`."""
+        ...
+
+    def full_grad(self, y: Tensor) -> Tensor:
+        """Clipped gradients `[C, d]` at `y [C, d]` of the mean loss over all samples of each client, not augmented."""
+        ...
+
+    @property
+    def sent(self) -> Tensor:
+        """`[C, d]` bool, the coordinates that each client sends on `only_block` wires: its block and the shared one."""
         ...
 
 

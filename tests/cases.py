@@ -22,6 +22,7 @@ Result = dict[str, Any]
 # of matrices, 4 of the head, 2 norms and 28 biases.
 D, D_MATRIX, D_HEAD, B = 332, 256, 36, 58
 COHORT, ROUNDS, BLOCKS = 6, 3, 3
+BLOCK = (D - D_HEAD) / BLOCKS  # on average, beside the shared head
 WORK = LocalWork(8, local_steps=3, local_epochs=2)
 
 
@@ -65,7 +66,20 @@ CASES = {
     "fedgamma": Case("fedgamma", 2 * D, 2 * D, kept=D),
     "fedlesam": Case("fedlesam", D, D, kept=D),
     "fedsmoo": Case("fedsmoo", 2 * D, 2 * D, kept=2 * D),
-    "fedbcgd": Case("fedbcgd", (D - D_HEAD) / BLOCKS + D_HEAD, D, {"blocks": BLOCKS}, whole=D_HEAD),
+    "fedbcgd": Case("fedbcgd", BLOCK + D_HEAD, D, {"blocks": BLOCKS}, whole=D_HEAD),
+    "fedbcgd-layers": Case("fedbcgd", BLOCK + D_HEAD, D, {"blocks": BLOCKS, "cut_rows": False}, whole=D_HEAD),
+    "fedbcgd-named": Case(
+        "fedbcgd", D / BLOCKS, D, {"blocks": (("*.bias",), ("1.*", "8.*"), ("*",)), "shared": ()}, whole=0
+    ),
+    "fedbcgd_plus": Case("fedbcgd_plus", 2 * (BLOCK + D_HEAD), 2 * D, {"blocks": BLOCKS}, whole=2 * D_HEAD, kept=D),
+    "fedbcgd_plus-ema-svrg": Case(
+        "fedbcgd_plus",
+        2 * (BLOCK + D_HEAD),
+        2 * D,
+        {"blocks": BLOCKS, "control": "ema", "svrg": True},
+        whole=2 * D_HEAD,
+        kept=D,
+    ),
 }
 
 

@@ -4,6 +4,7 @@ from ..contract import Algorithm
 from .fedadamw import FedAdamW
 from .fedavg import FedAvg
 from .fedbcgd import FedBcgd
+from .fedbcgd_plus import FedBcgdPlus
 from .fedgamma import FedGamma
 from .fedlesam import FedLesam
 from .fedmuon import FedMuon
@@ -28,4 +29,5 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "fedgamma": FedGamma,
     "fedlesam": FedLesam,
     "fedsmoo": FedSmoo,
+    "fedbcgd_plus": FedBcgdPlus,
 }

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..contract import Batch, Round, Vectors
 from ..federated.engine import Engine, NonFiniteUpdateError
 from ..federated.evaluators import Evaluator
-from ..federated.schedule import sample_cohort
 from ..federated.task import LocalTask
 
 
@@ -42,18 +41,15 @@ def train_cohort(engine: Engine, lr: float) -> TrainedCohort:
         ValueError: the cohort is empty, as a Poisson sample may be.
         NonFiniteUpdateError: a client sent NaN or infinity.
     """
-    settings = engine.settings
-    sampled = sample_cohort(settings.sampling, settings.seed, engine.round, engine.population, settings.cohort)
-    ids: list[int] = sampled.tolist()
+    ids, blocks = engine.draw_cohort()
     if not ids:
         raise ValueError(f"no client was sampled for round {engine.round + 1}: there is no update to look at")
     evaluator = _Watching(engine.evaluator)
     assert engine.choice is not None
     together = engine.choice.clients_per_batch
     nominal = Round(engine.round, len(ids), engine.population, engine.nominal_steps, lr)
-    batches = [
-        _train(engine, ids[first : first + together], nominal, evaluator) for first in range(0, len(ids), together)
-    ]
+    parts = [slice(first, first + together) for first in range(0, len(ids), together)]
+    batches = [_train(engine, ids[part], blocks[part], nominal, evaluator) for part in parts]
     ys, ups = zip(*batches, strict=True)
     up = {name: torch.cat([part[name] for part in ups]) for name in engine.wires}
     y = torch.cat(ys)
@@ -64,13 +60,13 @@ def train_cohort(engine: Engine, lr: float) -> TrainedCohort:
 
 
 def _train(
-    engine: Engine, ids: Sequence[int], nominal: Round, evaluator: Evaluator
+    engine: Engine, ids: Sequence[int], blocks: Sequence[int | None], nominal: Round, evaluator: Evaluator
 ) -> tuple[Tensor, dict[str, Tensor]]:
     x, algorithm = engine.server.x, engine.algorithm
     down = Vectors({name: engine.server[name] for name in algorithm.down}, what="the down wires", read_only=True)
     keep = Vectors(engine.store.get(ids, x.device), what="the client's kept state")
     g = x.new_empty(len(ids), engine.layout.d)
-    task = _WatchedTask(engine.layout, engine.batches, ids, nominal, evaluator, g, engine.settings.clip_norm)
+    task = _WatchedTask(engine.layout, engine.batches, ids, blocks, nominal, evaluator, g, engine.settings.clip_norm)
     up = algorithm.client(down, keep, task)
     return task.y, up
 

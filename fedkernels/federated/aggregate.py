@@ -17,7 +17,8 @@ class Aggregator:
 
     The bucket holds, in order: `slots` numbers of the engine's own (losses, counts, flags), the total weight, the
     weight of every block, then the payloads. Whole wires lie in it entirely; of an `only_block` wire just the shared
-    block does, its other blocks are reduced apart, each among the ranks that hold it.
+    block does. Its other blocks are reduced apart, each among the ranks that hold it and together with the same block
+    of every other such wire: one message carries `[wires, block]`.
 
     Clients are added one row after another in `dtype`: with float64 sums of float32 updates the order, and so the
     number of ranks, the placement and the batch size, leave no trace in the float32 result.
@@ -34,27 +35,25 @@ class Aggregator:
         self._like = like
         self._blocks = [layout.block(b) for b in range(layout.n_blocks)]
         self._shared = layout.block(layout.n_blocks)
-        self._sliced = any(wire.only_block for wire in wires.values())
+        self._sliced = [name for name, wire in wires.items() if wire.only_block]
         block_weights = layout.n_blocks if self._sliced else 0
         sizes = [slots, 1, block_weights]
         for name, wire in wires.items():
-            if wire.only_block and (wire.like != "params" or wire.reduce != "mean"):
-                raise ValueError(f"wire {name!r} is sent by block, so it must be like params and reduced by mean")
+            if wire.only_block and wire.like != "params":
+                raise ValueError(f"wire {name!r} is sent by block, so it must be like params, not {wire.like!r}")
             sizes.append(self._shared.stop - self._shared.start if wire.only_block else wire.size(layout))
         self.bucket = torch.zeros(sum(sizes), dtype=dtype, device=like.device)
         self.slots, self._weight, self._block_weights, *payloads = self.bucket.split(sizes)
         self._sums = dict(zip(wires, payloads, strict=True))
-        self._block_sums = {
-            name: torch.zeros(layout.d, dtype=dtype, device=like.device)
-            for name, wire in wires.items()
-            if wire.only_block
-        }
+        # Block by block, and inside a block wire by wire.
+        n = len(self._sliced)
+        self._block_sums = torch.zeros(n * self._shared.start, dtype=dtype, device=like.device)
+        self._messages = [slice(n * block.start, n * block.stop) for block in self._blocks]
 
     def reset(self) -> None:
         """Zero every sum and slot."""
         self.bucket.zero_()
-        for sums in self._block_sums.values():
-            sums.zero_()
+        self._block_sums.zero_()
 
     def add(self, up: Mapping[str, Tensor], c: int, weight: float, block: int | None) -> None:
         """Add client `c` of an upload `[C, size]`, with its weight and the block it was assigned."""
@@ -65,10 +64,13 @@ class Aggregator:
             row = up[name][c]
             scale = weight if wire.reduce == "mean" else 1.0
             if wire.only_block and block is not None:
-                part = self._blocks[block]
-                self._block_sums[name][part].add_(row[part], alpha=scale)
+                self._block_sum(name, block).add_(row[self._blocks[block]], alpha=scale)
                 row = row[self._shared]
             self._sums[name].add_(row, alpha=scale)
+
+    def _block_sum(self, name: str, block: int) -> Tensor:
+        sums = self._block_sums[self._messages[block]]
+        return sums.view(len(self._sliced), -1)[self._sliced.index(name)]
 
     def reduce(self, collectives: Collectives, holders: Sequence[Sequence[int]]) -> Vectors:
         """The aggregated wires, on every rank.
@@ -77,20 +79,21 @@ class Aggregator:
             holders: per block the ranks that trained a client of it, ascending; only read for sliced wires.
         """
         collectives.all_reduce(self.bucket)
+        if self._sliced:
+            collectives.reduce_blocks(self._block_sums, self._messages, holders)
         weight = self._weight.clamp(min=torch.finfo(self.bucket.dtype).tiny)
+        # A block without clients has sum 0 and weight 0: its mean is 0.
+        block_weights = torch.where(self._block_weights > 0, self._block_weights, 1)
         agg: dict[str, Tensor] = {}
         for name, wire in self._wires.items():
-            total = self._sums[name]
+            mean = wire.reduce == "mean"
+            total = self._sums[name] / weight if mean else self._sums[name]
             if wire.only_block:
-                full = self._block_sums[name]
-                collectives.reduce_blocks(full, self._blocks, holders)
-                for block, block_weight in zip(self._blocks, self._block_weights, strict=True):
-                    # A block without clients has sum 0 and weight 0: its mean is 0.
-                    full[block] /= torch.where(block_weight > 0, block_weight, 1)
-                full[self._shared] = total / weight
-                total = full
-            elif wire.reduce == "mean":
-                total = total / weight
+                shared, total = total, self._like.new_empty(self._layout.d)
+                total[self._shared] = shared
+                for b, block in enumerate(self._blocks):
+                    part = self._block_sum(name, b)
+                    total[block] = part / block_weights[b] if mean else part
             agg[name] = total.to(self._like.dtype)
         return Vectors(agg, what="the aggregate", read_only=True)
 

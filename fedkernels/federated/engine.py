@@ -197,10 +197,7 @@ class Engine:
         choice = self.choice or self.settle()
         link_before, start = self.collectives.link_bytes, time.perf_counter()
         settings, rank, world = self.settings, self.collectives.rank, self.collectives.world_size
-        ids = sample_cohort(settings.sampling, settings.seed, self.round, self.population, settings.cohort).tolist()
-        blocks: list[int | None] = [None] * len(ids)
-        if self._sliced:
-            blocks = assign_blocks(settings.seed, self.round, len(ids), self.layout.n_blocks).tolist()
+        ids, blocks = self.draw_cohort()
         lr = learning_rate(settings.schedule, settings.lr, self.round, settings.rounds)
         nominal = Round(self.round, len(ids), self.population, self.nominal_steps, lr)
         costs = self.batches.steps(ids).astype(float).tolist()
@@ -258,6 +255,14 @@ class Engine:
             **metrics,
         }
 
+    def draw_cohort(self) -> tuple[list[int], list[int | None]]:
+        """Client ids of the round that is next, and the block each was assigned; None where wires are whole."""
+        settings = self.settings
+        ids = sample_cohort(settings.sampling, settings.seed, self.round, self.population, settings.cohort).tolist()
+        if not self._sliced:
+            return ids, [None] * len(ids)
+        return ids, assign_blocks(settings.seed, self.round, len(ids), self.layout.n_blocks).tolist()
+
     def _train(
         self, ids: list[int], blocks: list[int | None], down: Vectors, nominal: Round, aggregator: Aggregator
     ) -> list[str]:
@@ -266,7 +271,7 @@ class Engine:
         if len(self._gradients) != len(ids):
             self._gradients = self.server.x.new_empty(len(ids), self.layout.d)
         task = LocalTask(
-            self.layout, self.batches, ids, nominal, self._evaluator, self._gradients, self.settings.clip_norm
+            self.layout, self.batches, ids, blocks, nominal, self._evaluator, self._gradients, self.settings.clip_norm
         )
         keep = Vectors(self.store.get(ids, self.server.x.device), what="the client's kept state")
         versions = {name: value._version for name, value in down.items()}

@@ -82,6 +82,7 @@ def test_ranks_change_nothing(world_size: int, alone: Results) -> None:
 def link_bytes(case: Case, world_size: int, rounds: int) -> list[int]:
     """Client state that moves, one all-reduce of the bucket, and of blocks a reduction at an owner and a broadcast."""
     engine = tiny_engine(case.build(), work=WORK)
+    sliced = sum(wire.only_block for wire in engine.wires.values())
     float64_bytes = 8  # of parameters and of sums
     owners: dict[int, int] = {}
     expected = []
@@ -99,7 +100,7 @@ def link_bytes(case: Case, world_size: int, rounds: int) -> list[int]:
             for b in range(BLOCKS):
                 held = engine.layout.block(b)
                 holders = sum(any(blocks[p] == b for p in positions) for positions in placed)
-                floats += (held.stop - held.start) * (holders - 1 + world_size - 1)
+                floats += sliced * (held.stop - held.start) * (holders - 1 + world_size - 1)
         expected.append((floats + 2 * (world_size - 1) * bucket) * float64_bytes)
     return expected
 

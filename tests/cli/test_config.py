@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from cli.small_runs import CONFIG
 
-from fedkernels.algorithms import FedAvg
+from fedkernels.algorithms import FedAvg, FedBcgd
 from fedkernels.algorithms.fedmuon import FedMuon
 from fedkernels.config import CHOICES, Config, ConfigError, describe, load, parse_overrides, resolved
 from fedkernels.data import PARTITIONS
@@ -121,7 +122,8 @@ FRACTION, ALPHA = "float > 0 and < 1", "float > 0 and < inf"
         ("algorithm", "fedmuon", "beta", 1, SHARE),
         ("algorithm", "fedmuon", "share_momentum", "perhaps", "bool"),
         ("algorithm", "fedmuon", "route", "none", "hidden | all_matrices"),
-        ("algorithm", "fedbcgd", "blocks", 0, "int >= 1"),
+        ("algorithm", "fedbcgd", "blocks", 0, "int >= 1 | tuple[tuple[str, ...], ...]"),
+        ("algorithm", "fedbcgd_plus", "rho_c", 0, "float > 0 and <= 1"),
         ("algorithm", "scaffold", "server_lr", 0, POSITIVE),
         ("algorithm.local", "sgd", "momentum", 5, SHARE),
         ("algorithm.local", "sgd", "weight_decay", -0.1, NOT_NEGATIVE),
@@ -232,6 +234,21 @@ def test_resolved_reads_back_to_an_equal_configuration(key: str, name: str, tmp_
     choice = plain["algorithm"]["local"] if key == "algorithm.local" else plain[key]
     assert choice["name"] == name
     assert set(choice) == {"name"} | {field.name for field in dataclasses.fields(WHERE[key][name])}
+
+
+def test_nested_lists_stay_lists() -> None:
+    """What a checkpoint keeps as JSON equals what the configuration resolves to."""
+    config = accept(algorithm={"name": "fedbcgd", "blocks": [["layers.0.*", "*.bias"], ["*"]], "shared": []})
+    assert config.algorithm == FedBcgd(blocks=(("layers.0.*", "*.bias"), ("*",)), shared=())
+    plain = resolved(config)
+    assert json.loads(json.dumps(plain)) == plain
+    assert load(None, plain) == config
+
+
+@pytest.mark.parametrize("blocks", [True, "two", ["a", "b"], [["a"], 1], 2.5, {"a": 1}])
+def test_blocks_are_a_number_or_lists_of_patterns(blocks: Any) -> None:
+    message = refuse(algorithm={"name": "fedbcgd", "blocks": blocks})
+    assert message.startswith(f"algorithm.blocks: {blocks!r}, expected int >= 1 | tuple[tuple[str, ...], ...]")
 
 
 # Overrides

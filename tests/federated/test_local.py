@@ -53,7 +53,8 @@ def a_task(evaluator: str, batch: Batch, clip_norm: float = float("inf"), steps:
     made = make_evaluator(choice, objective, layout, BoundModule(objective, layout))
     g = torch.full((CLIENTS, layout.d), torch.nan, dtype=torch.float64)
     batches: Any = OneBatch(batch, steps)
-    return LocalTask(layout, batches, range(CLIENTS), Round(0, 3, 3, steps, 0.1), made, g, clip_norm), layout
+    whole, r = [None] * CLIENTS, Round(0, 3, 3, steps, 0.1)
+    return LocalTask(layout, batches, range(CLIENTS), whole, r, made, g, clip_norm), layout
 
 
 def points(layout: Layout) -> Tensor:

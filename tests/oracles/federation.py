@@ -87,6 +87,12 @@ class Federation:
         scale = self.settings.clip_norm / norm if norm > self.settings.clip_norm else 1.0
         return {n: g * scale for n, g in zip(leaves, grads, strict=True)}
 
+    def full_gradient(self, y: Named, client: int) -> Named:
+        """Over all samples of a client at once."""
+        own = torch.from_numpy(self.batches.partition[client])
+        inputs, targets = self.batches.objective.train_batch(own[None], None)
+        return self.gradient(y, (inputs[0], targets[0], torch.ones(len(own), dtype=torch.float64)))
+
     def mean(self, sent: Mapping[int, Named]) -> Named:
         """The cohort's mean, weighted as the settings say."""
         sizes = self.batches.partition.sizes

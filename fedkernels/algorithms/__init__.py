@@ -1,16 +1,30 @@
 """The table of algorithms, one paper a file."""
 
 from ..contract import Algorithm
+from .fedacg import FedAcg
 from .fedadamw import FedAdamW
-from .fedavg import FedAvg
+from .fedavg import FedAvg, FedAvgM, FedProx
 from .fedbcgd import FedBcgd
+from .fedcm import FedCm
+from .feddyn import FedDyn
+from .fedlada import FedLada
 from .fedmuon import FedMuon
+from .fedopt import FedAdagrad, FedAdam, FedYogi
 from .local_adamw import LocalAdamW
 from .local_muon import LocalMuon
 from .scaffold import Scaffold
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "fedavg": FedAvg,
+    "fedprox": FedProx,
+    "fedavgm": FedAvgM,
+    "fedadam": FedAdam,
+    "fedyogi": FedYogi,
+    "fedadagrad": FedAdagrad,
+    "fedcm": FedCm,
+    "fedacg": FedAcg,
+    "feddyn": FedDyn,
+    "fedlada": FedLada,
     "scaffold": Scaffold,
     "local_adamw": LocalAdamW,
     "local_muon": LocalMuon,

@@ -256,11 +256,11 @@ class Engine:
         """Train one batch of clients and add what they send; returns a line for each that sent NaN or infinity."""
         assert self._evaluator is not None
         if len(self._gradients) != len(ids):
-            self._gradients = down.x.new_empty(len(ids), self.layout.d)
+            self._gradients = self.server.x.new_empty(len(ids), self.layout.d)
         task = LocalTask(
             self.layout, self.batches, ids, nominal, self._evaluator, self._gradients, self.settings.clip_norm
         )
-        keep = Vectors(self.store.get(ids, down.x.device), what="the client's kept state")
+        keep = Vectors(self.store.get(ids, self.server.x.device), what="the client's kept state")
         versions = {name: value._version for name, value in down.items()}
         up = self.algorithm.client(down, keep, task)
         if written := [name for name, value in down.items() if value._version != versions[name]]:

@@ -188,15 +188,15 @@ def test_writing_to_a_server_vector_raises(name: str, monkeypatch: pytest.Monkey
             with_client(CASES[name], patch, change).run_round()
 
 
-WRITES: dict[str, Callable[[Vectors, Tensor], Any]] = {
-    "attribute": lambda s, value: setattr(s, "x", value),
-    "item": lambda s, value: s.__setitem__("x", value),
-    "update": lambda s, value: s.update(x=value),
-    "merge": lambda s, value: s.update({"x": value}),
-    "pop": lambda s, value: s.pop("x"),
-    "popitem": lambda s, value: s.popitem(),
-    "del": lambda s, value: s.__delitem__("x"),
-    "clear": lambda s, value: s.clear(),
+WRITES: dict[str, Callable[[Vectors, str, Tensor], Any]] = {
+    "attribute": setattr,
+    "item": lambda s, name, value: s.__setitem__(name, value),
+    "update": lambda s, name, value: s.update(**{name: value}),
+    "merge": lambda s, name, value: s.update({name: value}),
+    "pop": lambda s, name, value: s.pop(name),
+    "popitem": lambda s, name, value: s.popitem(),
+    "del": lambda s, name, value: s.__delitem__(name),
+    "clear": lambda s, name, value: s.clear(),
 }
 
 
@@ -204,9 +204,10 @@ WRITES: dict[str, Callable[[Vectors, Tensor], Any]] = {
 def test_assigning_a_server_vector_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for write in WRITES.values():
 
-        def change(client: Client, write: Callable[[Vectors, Tensor], Any] = write) -> Client:
+        def change(client: Client, write: Callable[[Vectors, str, Tensor], Any] = write) -> Client:
             def writes(self: Algorithm, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
-                write(s, s.x + 1)
+                vector = self.down[0]
+                write(s, vector, s[vector] + 1)
                 return client(self, s, k, task)
 
             return writes
@@ -227,11 +228,11 @@ def test_vectors_can_be_copied(copied: Callable[[Vectors], Vectors]) -> None:
 def test_vectors_are_written_to_unless_read_only(name: str) -> None:
     x, value = torch.zeros(2), torch.ones(2)
     vectors = Vectors({"x": x})
-    WRITES[name](vectors, value)
+    WRITES[name](vectors, "x", value)
     assert vectors.get("x") is (value if name in ("attribute", "item", "update", "merge") else None)
     guarded = Vectors({"x": x}, what="this", read_only=True)
     with pytest.raises(AttributeError, match="this: 'x' is read-only"):
-        WRITES[name](guarded, value)
+        WRITES[name](guarded, "x", value)
     assert list(guarded) == ["x"]
     assert guarded.x is guarded["x"] is x
 

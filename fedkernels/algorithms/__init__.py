@@ -1,14 +1,19 @@
 """The table of algorithms, one paper a file."""
 
 from ..contract import Algorithm
+from .fedacg import FedAcg
 from .fedadamw import FedAdamW
-from .fedavg import FedAvg
+from .fedavg import FedAvg, FedAvgM, FedProx
 from .fedbcgd import FedBcgd
 from .fedbcgd_plus import FedBcgdPlus
+from .fedcm import FedCm
+from .feddyn import FedDyn
 from .fedgamma import FedGamma
+from .fedlada import FedLada
 from .fedlesam import FedLesam
 from .fedmuon import FedMuon
 from .fednsam import FedNsam
+from .fedopt import FedAdagrad, FedAdam, FedYogi
 from .fedsam import FedSam, MoFedSam
 from .fedsmoo import FedSmoo
 from .local_adamw import LocalAdamW
@@ -17,17 +22,26 @@ from .scaffold import Scaffold
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "fedavg": FedAvg,
+    "fedprox": FedProx,
+    "fedavgm": FedAvgM,
+    "fedadam": FedAdam,
+    "fedyogi": FedYogi,
+    "fedadagrad": FedAdagrad,
+    "fedcm": FedCm,
+    "fedacg": FedAcg,
+    "feddyn": FedDyn,
+    "fedlada": FedLada,
     "scaffold": Scaffold,
     "local_adamw": LocalAdamW,
     "local_muon": LocalMuon,
     "fedadamw": FedAdamW,
     "fedmuon": FedMuon,
     "fedbcgd": FedBcgd,
+    "fedbcgd_plus": FedBcgdPlus,
     "fednsam": FedNsam,
     "fedsam": FedSam,
     "mofedsam": MoFedSam,
     "fedgamma": FedGamma,
     "fedlesam": FedLesam,
     "fedsmoo": FedSmoo,
-    "fedbcgd_plus": FedBcgdPlus,
 }

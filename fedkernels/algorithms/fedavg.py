@@ -53,3 +53,34 @@ class FedAvg(Algorithm):
             return {"x": s.x + self.server_lr * agg.delta}
         v = self.server_momentum * s.v + agg.delta
         return {"x": s.x + self.server_lr * v, "v": v}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedProx(FedAvg):
+    """FedAvg whose clients are pulled back to x by a proximal term.
+
+    Clients `y ← y − η P(∇f_i(y) + μ(y − x))`, the gradient of `f_i(y) + μ/2 ‖y − x‖²`; server `x ← x + η_g Δ̄`.
+
+    Args:
+        prox_mu: μ; the other keys are those of FedAvg.
+
+    Reference: Li et al., Federated optimization in heterogeneous networks, 2020 (arXiv 1812.06127), Algorithm 2.
+    """
+
+    prox_mu: Annotated[float, Field(ge=0)] = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvgM(FedAvg):
+    """FedAvg with heavy-ball momentum at the server.
+
+    Clients `y ← y − η P(∇f_i(y))`; server `v ← γv + Δ̄`, `x ← x + η_g v`.
+
+    Args:
+        server_momentum: γ; the other keys are those of FedAvg.
+
+    Reference: Hsu et al., Measuring the effects of non-identical data distribution for federated visual classification,
+    2019 (arXiv 1909.06335).
+    """
+
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9

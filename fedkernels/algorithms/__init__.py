@@ -1,6 +1,10 @@
 """The table of algorithms, one paper a file."""
 
 from ..contract import Algorithm
+from .dp_fedadamw import DpFedAdamW
+from .dp_fedavg import DpFedAvg
+from .dp_fedpgn import DpFedPgn
+from .dp_fedsam import DpFedSam
 from .fedadamw import FedAdamW
 from .fedavg import FedAvg
 from .fedbcgd import FedBcgd
@@ -17,4 +21,8 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "fedadamw": FedAdamW,
     "fedmuon": FedMuon,
     "fedbcgd": FedBcgd,
+    "dp_fedavg": DpFedAvg,
+    "dp_fedsam": DpFedSam,
+    "dp_fedadamw": DpFedAdamW,
+    "dp_fedpgn": DpFedPgn,
 }

@@ -90,4 +90,4 @@ def keep_largest(r: Tensor, share: float) -> Tensor:
     """`r [C, d]` with all but the `⌈share·d⌉` largest entries of every row zero; those that tie with the last stay."""
     size = r.abs()
     least = size.topk(math.ceil(share * r.shape[1]), dim=1).values[:, -1:]
-    return torch.where(size >= least, r, 0)
+    return torch.where(size < least, 0, r)  # NaN is not smaller, and stays to be seen

@@ -1,4 +1,4 @@
-"""The command line: `fedkernels train | list | partition | diagnose | report`, also as `python -m fedkernels`."""
+"""The command line, `fedkernels COMMAND`, also as `python -m fedkernels COMMAND`."""
 
 from __future__ import annotations
 
@@ -106,6 +106,15 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--threads", help="torch threads; default the run's own")
     diagnose.set_defaults(run=_diagnose, overridable=False)
 
+    privacy = commands.add_parser("privacy", help="ε of a noise multiplier, or the noise multiplier for an ε")
+    either = privacy.add_mutually_exclusive_group(required=True)
+    either.add_argument("--sigma", type=float, help="noise multiplier: standard deviation of the noise over the clip")
+    either.add_argument("--target_epsilon", type=float, help="print the noise multiplier that keeps to this ε")
+    privacy.add_argument("--sampling_rate", type=float, required=True, help="expected share of clients in a round")
+    privacy.add_argument("--rounds", type=int, required=True)
+    privacy.add_argument("--delta", type=float, required=True, help="below one over the number of clients")
+    privacy.set_defaults(run=_privacy, overridable=False)
+
     report = commands.add_parser("report", help="compare runs in a table and a self-contained page")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     report.add_argument("--out", type=Path, help="page to write; default report.html in the first run's parent folder")
@@ -191,6 +200,20 @@ def _diagnose(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from .report import write_report
 
         print(f"report: {write_report([run], run / 'report.html')}")
+    return 0
+
+
+def _privacy(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from .privacy.accountant import METHODS, Accountant, noise_for
+
+    rate, rounds, delta = options.sampling_rate, options.rounds, options.delta
+    for method in METHODS:
+        if options.sigma is not None:
+            value = Accountant(options.sigma, rate, delta).epsilon(rounds, method)
+            print(f"epsilon by {method.upper()}  {value:.4f}")
+        else:
+            value = noise_for(options.target_epsilon, rate, rounds, delta, method)
+            print(f"sigma by {method.upper()}  {value:.4f}")
     return 0
 
 

@@ -1,7 +1,8 @@
 """Configuration: YAML and `--key.sub value` overrides to one typed, frozen tree of dataclasses.
 
 `algorithm`, `model`, `data`, `partition` and local optimizers are choices by name: a plain name, or a mapping with
-`name` and that choice's own keys. This is the only place where names become objects.
+`name` and that choice's own keys. `privacy` is a section: a mapping of its keys, or null. This is the only place where
+names become objects.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .federated.schedule import LrSchedule
 from .layout import Role
 from .models import MODELS
 from .optim import OPTIMIZERS
+from .privacy.mechanism import Privacy
 
 
 class ModelChoice(Protocol):
@@ -103,6 +105,7 @@ class Config:
         checkpoint_every: rounds between checkpoints; the last round always is one.
         keep_checkpoints: newest checkpoints that stay on disk.
         store_memory_bytes: per-client state held in memory per rank before it is mapped from files.
+        privacy: client-level differential privacy of algorithms that ask for it.
     """
 
     algorithm: Algorithm
@@ -134,6 +137,7 @@ class Config:
     checkpoint_every: Count = 10
     keep_checkpoints: Count = 2
     store_memory_bytes: Annotated[float, Field(ge=0, lt=math.inf)] = 2.0**30
+    privacy: Privacy | None = None
 
     def __post_init__(self) -> None:
         if self.cohort > self.clients:
@@ -201,6 +205,8 @@ def resolved(config: Any) -> dict[str, Any]:
         table = CHOICES.get(hints[field.name])
         if table is not None:
             value = {"name": _name_of(value, table), **resolved(value)}
+        elif _section(hints[field.name]) is not None:
+            value = None if value is None else resolved(value)
         elif isinstance(value, Path):
             value = str(value)
         elif isinstance(value, tuple):
@@ -283,9 +289,19 @@ def _make(cls: Any, tree: Mapping[Any, Any], where: str) -> Any:
     return cls(**values)
 
 
+def _section(hint: Any) -> Any:
+    """The dataclass of a key that is a mapping of keys or null; None where it is something else."""
+    for item in typing.get_args(hint):
+        if isinstance(item, type) and dataclasses.is_dataclass(item):
+            return item
+    return None
+
+
 def _value(hint: Any, value: Any, where: str) -> Any:
     if hint in CHOICES:
         return choice(CHOICES[hint], value, where)
+    if (section := _section(hint)) is not None and isinstance(value, Mapping):
+        return _make(section, value, f"{where}.")
     if isinstance(value, bool) and "bool" not in _type_text(hint):
         raise ConfigError(f"{where}: {value!r}, expected {_type_text(hint)}")
     if hint is Path and isinstance(value, (int, datetime.date)):
@@ -321,7 +337,7 @@ def _type_text(hint: Any) -> str:
         text = _type_text(base)
         signs = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
         limits = []
-        for limit in (limit for rule in rules for limit in rule.metadata):
+        for limit in (limit for rule in rules for limit in getattr(rule, "metadata", ())):
             kind = type(limit).__name__
             limits.append(f"{signs[kind]} {getattr(limit, kind.lower())}")
         return f"{text} {' and '.join(limits)}".strip()
@@ -331,4 +347,6 @@ def _type_text(hint: Any) -> str:
         return " | ".join(_type_text(item) for item in typing.get_args(hint))
     if hint is type(None):
         return "null"
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return f"keys {', '.join(field.name for field in dataclasses.fields(hint))}"
     return str(getattr(hint, "__name__", hint)) if origin is None else str(hint)

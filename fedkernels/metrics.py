@@ -185,6 +185,8 @@ class Progress:
             f"loss {_text(row.get('train_loss'), format_loss):>7}  acc {_text(self._accuracy, format_share):>6}  "
             f"{_text(row.get('clients_per_s'), format_rate):>5} clients/s"
         )
+        if "epsilon" in row:
+            numbers += f"  ε {_text(row['epsilon'], '{:.2f}'.format):>5}"
         last = round >= self.total_rounds
         if self._bar is not None:
             self._bar.update(TaskID(0), completed=round, description=self._head(round), tail=f"{numbers}  {remaining}")

@@ -1,6 +1,10 @@
 """The table of algorithms, one paper a file."""
 
 from ..contract import Algorithm
+from .dp_fedadamw import DpFedAdamW
+from .dp_fedavg import DpFedAvg
+from .dp_fedpgn import DpFedPgn
+from .dp_fedsam import DpFedSam
 from .fedacg import FedAcg
 from .fedadamw import FedAdamW
 from .fedavg import FedAvg, FedAvgM, FedProx
@@ -44,4 +48,8 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "fedgamma": FedGamma,
     "fedlesam": FedLesam,
     "fedsmoo": FedSmoo,
+    "dp_fedavg": DpFedAvg,
+    "dp_fedsam": DpFedSam,
+    "dp_fedadamw": DpFedAdamW,
+    "dp_fedpgn": DpFedPgn,
 }

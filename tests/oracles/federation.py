@@ -29,6 +29,7 @@ class Federation:
         transposed: parameters stored as `(in, out)`.
         heads: query and key weights to their number of heads; a fused `(in, 3·dim)` weight holds both, then values.
         tokens: parameters `(1, tokens, dim)`.
+        normal: standard normal tensors of a round, the same ones that the engine adds.
     """
 
     module: nn.Module
@@ -38,6 +39,7 @@ class Federation:
     transposed: tuple[str, ...] = ()
     heads: Mapping[str, int] = field(default_factory=dict)
     tokens: tuple[str, ...] = ()
+    normal: Callable[[int], Named] | None = None
 
     def __post_init__(self) -> None:
         # The engine binds the module's parameters to its own memory.

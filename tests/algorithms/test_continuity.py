@@ -16,7 +16,8 @@ from fedkernels.federated.engine import Engine
 
 
 def engine_of(name: str, **options: object) -> Engine:
-    return tiny_engine(CASES[name].build(), **({"rounds": 10, "clip_norm": 0.5, "work": WORK} | options))
+    case = CASES[name]
+    return tiny_engine(case.build(), **({"rounds": 10, "clip_norm": 0.5, "work": WORK} | case.settings | options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -30,20 +30,25 @@ from fedkernels.federated.collectives import Collectives
 from fedkernels.federated.engine import Engine
 from fedkernels.train import build
 
+Overrides = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 TUNING_SEED = 1000
 # Half a decade apart; SGD's rates are those of gradients, the others those of unit-sized directions.
 GRIDS = {"sgd": (0.01, 0.03, 0.1, 0.3, 1.0), "unit": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
+CLIPS = (0.1, 0.3, 1.0)
 RADIUS = 0.05  # of the ball in which sharpness is taken
 UNIT_SIZED = ("adamw", "muon", "soap", "sophia", "shampoo", "fedlada")
 
 
-def grid(name: str) -> tuple[float, ...]:
-    """The learning rates that are tried for a configuration."""
-    return GRIDS["unit" if any(part in name for part in UNIT_SIZED) else "sgd"]
+def grid(name: str) -> list[Overrides]:
+    """What is tried for a configuration: five learning rates and, where updates are clipped, three bounds."""
+    rates = GRIDS["unit" if any(part in name for part in UNIT_SIZED) else "sgd"]
+    if not name.startswith("dp_"):
+        return [{"lr": lr} for lr in rates]
+    return [{"lr": lr, "privacy.clip": clip} for clip in CLIPS for lr in rates]
 
 
-def configuration(suite: str, name: str, overrides: dict[str, Any]) -> Config:
+def configuration(suite: str, name: str, overrides: Overrides) -> Config:
     """`configs/<suite>/<name>.yaml`, or the suite's federation with the method of the digits configuration."""
     path = ROOT / "configs" / suite / f"{name}.yaml"
     if not path.exists():
@@ -53,13 +58,17 @@ def configuration(suite: str, name: str, overrides: dict[str, Any]) -> Config:
     return load(path, overrides)
 
 
-def best_rates(file: Path) -> dict[str, float]:
-    """The learning rate of every method that `--tune` found best."""
-    accuracy = json.loads(file.read_text())["details"]["accuracy"]
-    return {name: float(max(tried, key=lambda lr: tried[lr])) for name, tried in accuracy.items()}
+def best_of(tried: Sequence[tuple[Overrides, float]]) -> Overrides:
+    """The most accurate of what was tried."""
+    return max(tried, key=lambda one: one[1])[0]
 
 
-def run(suite: str, name: str, overrides: dict[str, Any], sharpness: bool) -> tuple[list[Row], float | None]:
+def tuned(file: Path) -> dict[str, Overrides]:
+    """What `--tune` found best for every method."""
+    return {name: best_of(tried) for name, tried in json.loads(file.read_text())["details"]["tried"].items()}
+
+
+def run(suite: str, name: str, overrides: Overrides, sharpness: bool) -> tuple[list[Row], float | None]:
     """One training: its metrics rows and, where asked for, the sharpness of the final model."""
     config = configuration(suite, name, overrides)
     engine, _, _ = build(config, Collectives())
@@ -80,7 +89,7 @@ def final_sharpness(engine: Engine) -> float:
 
 
 def run_all(
-    suite: str, jobs: int, wanted: Sequence[tuple[str, dict[str, Any]]], sharp: set[str]
+    suite: str, jobs: int, wanted: Sequence[tuple[str, Overrides]], sharp: set[str]
 ) -> list[tuple[list[Row], float | None]]:
     """Many runs, `jobs` at a time, in the order asked for."""
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
@@ -91,32 +100,38 @@ def run_all(
         return [future.result() for future in futures]
 
 
-def tune(suite: str, names: Sequence[str], jobs: int, options: dict[str, Any]) -> tuple[Table, dict[str, Any]]:
-    """Final accuracy of every method at every learning rate of its grid."""
-    wanted = [(name, {"seed": TUNING_SEED, "lr": lr} | options) for name in names for lr in grid(name)]
-    accuracy: dict[str, dict[float, float]] = {name: {} for name in names}
-    for (name, overrides), (rows, _) in zip(wanted, run_all(suite, jobs, wanted, set()), strict=True):
-        accuracy[name][overrides["lr"]] = Outcome(name, overrides["lr"], [rows]).accuracy[0]
+def tune(suite: str, names: Sequence[str], jobs: int, options: Overrides) -> tuple[Table, dict[str, Any]]:
+    """Final accuracy of every method at every point of its grid."""
+    wanted = [(name, point) for name in names for point in grid(name)]
+    runs = [(name, {"seed": TUNING_SEED} | point | options) for name, point in wanted]
+    tried: dict[str, list[tuple[Overrides, float]]] = {name: [] for name in names}
+    for (name, point), (rows, _) in zip(wanted, run_all(suite, jobs, runs, set()), strict=True):
+        tried[name].append((point, Outcome(name, point["lr"], [rows]).accuracy[0]))
     lines = []
-    for name, tried in accuracy.items():
-        best = max(tried, key=lambda lr: tried[lr])
-        edge = " (edge of the grid)" if best in (min(tried), max(tried)) else ""
-        lines.append([name, *(f"{lr:g}: {a:.1f}" for lr, a in tried.items()), f"{best:g}{edge}"])
-    columns = ["method", *(f"lr: accuracy, % ({i + 1})" for i in range(5)), "best lr"]
-    return {"columns": columns, "rows": lines}, {"seed": TUNING_SEED, "accuracy": accuracy, "options": options}
+    for name, points in tried.items():
+        best, rates = best_of(points), [point["lr"] for point, _ in points]
+        edge = " (edge of the grid)" if best["lr"] in (min(rates), max(rates)) else ""
+        accuracy = ", ".join(f"{shown(point)}: {value:.1f}" for point, value in points)
+        lines.append([name, accuracy, shown(best) + edge])
+    columns = ["method", "learning rate (and clipping bound): accuracy, %", "best"]
+    return {"columns": columns, "rows": lines}, {"seed": TUNING_SEED, "tried": tried, "options": options}
+
+
+def shown(point: Overrides) -> str:
+    return "/".join(f"{value:g}" for value in point.values())
 
 
 def measure(
-    suite: str, claims: Sequence[Claim], seeds: int, jobs: int, options: dict[str, Any], rates: dict[str, float]
+    suite: str, claims: Sequence[Claim], seeds: int, jobs: int, options: Overrides, best: dict[str, Overrides]
 ) -> dict[str, Outcome]:
     """The runs of every configuration that a claim needs, each once.
 
     Args:
-        rates: learning rates by name, instead of the configurations' own.
+        best: what replaces the configurations' own values, by name.
     """
     names = list(dict.fromkeys(name for claim in claims for name in claim.names))
     sharp = {name for claim in claims if claim.sharpness for name in claim.names}
-    own = {name: options | ({"lr": rates[name]} if name in rates else {}) for name in names}
+    own = {name: best.get(name, {}) | options for name in names}
     wanted = [(name, {"seed": seed} | own[name]) for name in names for seed in range(seeds)]
     results = run_all(suite, jobs, wanted, sharp)
     outcomes = {}
@@ -208,7 +223,8 @@ def write_page(
 
 INTRODUCTION = """Written by `python benchmarks/reproduce.py --suite {suite} --seeds {seeds}` on {date}: {cpu}, \
 {cores} cores, torch {torch}, {seeds} seeds, which also change the partition and the initial model. Every method has \
-the learning rate that was best for it among five half a decade apart, on a seed not used here (`--tune`). Accuracy is \
+the learning rate that was best for it among five half a decade apart, and a private one the best of three clipping \
+bounds, on a seed not used here (`--tune`). Accuracy is \
 the mean of the last five evaluations; ± is the standard error over seeds. A comparison is of runs with the same seed: \
 "more" means that the mean difference exceeds its standard error, "at least" that it falls short by at most one. A \
 verdict speaks of this suite, not of the paper's setting."""
@@ -224,7 +240,7 @@ def main() -> None:
     parser.add_argument("--path", type=Path, help="folder of CIFAR-100's Python pickles, for its suite")
     parser.add_argument("--claims", nargs="+", choices=[claim.key for claim in CLAIMS], help="only these")
     parser.add_argument("--tune", action="store_true", help="try the learning rates instead")
-    parser.add_argument("--rates", type=Path, help="result file of --tune, to take its best learning rates")
+    parser.add_argument("--tuned", type=Path, help="result file of --tune, to take what it found best")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, help="instead of the configurations' own")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
@@ -233,7 +249,7 @@ def main() -> None:
         parser.error("--suite cifar100 needs --path, the folder with CIFAR-100's files train, test and meta")
     if chosen.seeds < 1:
         parser.error(f"--seeds is {chosen.seeds}, expected at least 1")
-    options: dict[str, Any] = {"rounds": chosen.rounds} if chosen.rounds else {}
+    options: Overrides = {"rounds": chosen.rounds} if chosen.rounds else {}
     if chosen.path is not None:
         options["data.path"] = str(chosen.path)
     claims = [claim for claim in CLAIMS if chosen.claims is None or claim.key in chosen.claims]
@@ -242,8 +258,8 @@ def main() -> None:
         table, details = tune(chosen.suite, names, chosen.jobs, options)
         report(f"reproduction-{chosen.suite}-tuning", table, details, chosen.out)
         return
-    rates = best_rates(chosen.rates) if chosen.rates else {}
-    outcomes = measure(chosen.suite, claims, chosen.seeds, chosen.jobs, options, rates)
+    best = tuned(chosen.tuned) if chosen.tuned else {}
+    outcomes = measure(chosen.suite, claims, chosen.seeds, chosen.jobs, options, best)
     rows = [[c.paper, c.sentence, verdict(f := c.judge(outcomes)), "; ".join(x.text for x in f)] for c in claims]
     details = {name: numbers_of(outcome) for name, outcome in outcomes.items()}
     table = {"columns": ["paper", "claim", "verdict", "findings"], "rows": rows}

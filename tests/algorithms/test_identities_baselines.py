@@ -186,7 +186,7 @@ class Squares(Objective):
         return residuals.mean() if weights is None else (residuals * weights).sum() / weights.sum()
 
 
-RIDGE, ROUNDS = 0.1, 500
+RIDGE, ROUNDS = 0.1, 250
 
 
 def normal_equations(engine: Engine, client: int) -> tuple[Tensor, Tensor]:
@@ -206,7 +206,7 @@ def as_matrix(engine: Engine, vector: Tensor) -> Tensor:
 def test_feddyn_reaches_the_optimum_of_all_clients_and_fedavg_does_not(weighting: str) -> None:
     def settled(algorithm: Algorithm) -> Engine:
         engine = tiny_engine(
-            algorithm, module=linear(), objective=Squares, work=LocalWork(SAMPLES, local_steps=10), lr=0.1,
+            algorithm, module=linear(), objective=Squares, work=LocalWork(SAMPLES, local_steps=5), lr=0.1,
             cohort=CLIENTS, schedule="constant", clip_norm=float("inf"), weighting=weighting, rounds=ROUNDS,
             evaluator="batched", clients_per_batch=CLIENTS,
         )  # fmt: skip
@@ -214,7 +214,7 @@ def test_feddyn_reaches_the_optimum_of_all_clients_and_fedavg_does_not(weighting
         return engine
 
     local = Sgd(weight_decay=RIDGE)
-    engine = settled(FedDyn(local=local, alpha=0.5))
+    engine = settled(FedDyn(local=local, alpha=1.0))
     equations = [normal_equations(engine, i) for i in range(CLIENTS)]
     shares = torch.from_numpy(engine.sizes).double() if weighting == "samples" else torch.ones(CLIENTS).double()
     shares /= shares.sum()

@@ -44,6 +44,7 @@ setup(
         "scikit-learn>=1.4",
         "safetensors>=0.4.5",
         "pillow>=10",
+        "dp-accounting>=0.6",
     ],
     extras_require=extras,
     entry_points={"console_scripts": ["fedkernels=fedkernels.cli:main"]},

@@ -112,7 +112,7 @@ def report(what: str, table: Table, details: dict[str, Any], out: Path) -> Path:
     facts["load_average_1min"] = round(os.getloadavg()[0], 2)
     print(f"\n{what}: {facts['cpu']}, {facts['cores']} cores, load {facts['load_average_1min']}")
     print(", ".join(f"{name} {facts[name]}" for name in ("fedkernels", "torch", "numpy", "python", "git_revision")))
-    print(_markdown(table))
+    print(markdown(table))
     date = datetime.date.today().isoformat()
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)", "", facts["cpu"].lower())).strip("-") or "cpu"
     out.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,8 @@ def report(what: str, table: Table, details: dict[str, Any], out: Path) -> Path:
     return path
 
 
-def _markdown(table: Table) -> str:
+def markdown(table: Table) -> str:
+    """A Markdown table."""
     lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
@@ -135,5 +136,5 @@ def _write_index(out: Path) -> None:
         result = json.loads(path.read_text())
         facts = result["environment"]
         hardware = f"{facts['cpu']}, {facts['cores']} cores, load {facts['load_average_1min']}; torch {facts['torch']}"
-        parts += [f"## {result['what']}, {result['date']}", hardware, _markdown(result["table"])]
+        parts += [f"## {result['what']}, {result['date']}", hardware, markdown(result["table"])]
     (out / "README.md").write_text("\n\n".join(parts) + "\n")

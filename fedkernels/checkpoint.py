@@ -82,6 +82,7 @@ def save(root: Path, engine: Engine, fingerprint: dict[str, Any], totals: dict[s
             "fingerprint": fingerprint,
             "totals": totals,
             "choice": asdict(engine.choice),
+            "privacy": _ledger(engine),
             "sha256": {name: digest for hashes in written for name, digest in hashes.items()},
         }
         digest = _write(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -127,7 +128,18 @@ def restore(root: Path, engine: Engine, fingerprint: dict[str, Any]) -> tuple[di
     engine.collectives.agree(lambda: _load(path, sorted(manifest["sha256"]), engine))
     engine.round = manifest["round"]
     engine.settle(Choice(**manifest["choice"]))
+    if engine.accountant is not None and engine.mechanism is not None:
+        engine.accountant.rounds = manifest["privacy"]["rounds"]
+        engine.mechanism.noise_seed = manifest["privacy"]["noise_seed"]
     return manifest["totals"], notes
+
+
+def _ledger(engine: Engine) -> dict[str, Any] | None:
+    """What has been released so far, and the seed of its noise, which must stay as secret as the data."""
+    if engine.accountant is None or engine.mechanism is None:
+        return None
+    names = ("noise_multiplier", "sampling_rate", "delta", "rounds")
+    return {name: getattr(engine.accountant, name) for name in names} | {"noise_seed": engine.mechanism.noise_seed}
 
 
 def _load(path: Path, names: list[str], engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `fedkernels train | list | partition | report`, also as `python -m fedkernels`."""
+"""The command line, `fedkernels COMMAND`, also as `python -m fedkernels COMMAND`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from .checkpoint import CheckpointError
-from .config import CHOICES, Config, ConfigError, describe, load, nearest, parse_overrides
+from .config import CHOICES, Config, ConfigError, describe, load, make, nearest, parse_overrides, parse_value
+from .diagnostics.settings import DiagnosisSettings
 from .federated.engine import NonFiniteUpdateError
 
 TABLES = dict(zip(("algorithms", "optimizers", "models", "datasets", "partitions"), CHOICES.values(), strict=True))
@@ -90,6 +92,29 @@ def _parser() -> argparse.ArgumentParser:
     partition.add_argument("--out", type=Path, default=Path("partition.png"), help="picture to write (png, svg or pdf)")
     partition.set_defaults(run=_partition, overridable=True)
 
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="measure curvature, sharpness and client updates at a run's model",
+        description="Measure a run's newest checkpoint on one process, and add what was found to its report.",
+        allow_abbrev=False,
+    )
+    diagnose.add_argument("diagnosed", type=Path, metavar="RUN", help="run folder")
+    diagnose.add_argument("--out", type=Path, help="file to write; default diagnosis.json in the run folder")
+    for key, kind, default in describe(DiagnosisSettings):
+        diagnose.add_argument(f"--{key}", metavar="VALUE", help=f"{kind}; default {default}")
+    diagnose.add_argument("--device", help="where to compute: auto, cpu or cuda; default the run's own")
+    diagnose.add_argument("--threads", help="torch threads; default the run's own")
+    diagnose.set_defaults(run=_diagnose, overridable=False)
+
+    privacy = commands.add_parser("privacy", help="ε of a noise multiplier, or the noise multiplier for an ε")
+    either = privacy.add_mutually_exclusive_group(required=True)
+    either.add_argument("--sigma", type=float, help="noise multiplier: standard deviation of the noise over the clip")
+    either.add_argument("--target_epsilon", type=float, help="print the noise multiplier that keeps to this ε")
+    privacy.add_argument("--sampling_rate", type=float, required=True, help="expected share of clients in a round")
+    privacy.add_argument("--rounds", type=int, required=True)
+    privacy.add_argument("--delta", type=float, required=True, help="below one over the number of clients")
+    privacy.set_defaults(run=_privacy, overridable=False)
+
     report = commands.add_parser("report", help="compare runs in a table and a self-contained page")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     report.add_argument("--out", type=Path, help="page to write; default report.html in the first run's parent folder")
@@ -155,6 +180,40 @@ def _partition(options: argparse.Namespace, rest: Sequence[str]) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     partition_figure(partition, labels, classes, title=options.config.stem).savefig(options.out, dpi=150)
     print(f"picture: {options.out}")
+    return 0
+
+
+def _diagnose(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    given = {key: value for key, value in vars(options).items() if value is not None}
+    keys = [key for key, _, _ in describe(DiagnosisSettings)]
+    settings = make(DiagnosisSettings, {key: parse_value(given[key]) for key in keys if key in given})
+    overrides: dict[str, Any] = {key: parse_value(given[key]) for key in ("device", "threads") if key in given}
+    from .diagnostics.diagnosis import DIAGNOSIS_FILE, diagnose_run, write_diagnosis
+    from .diagnostics.table import diagnosis_table
+
+    run: Path = options.diagnosed
+    diagnosis, notes = diagnose_run(run, settings, overrides)
+    out = options.out or run / DIAGNOSIS_FILE
+    write_diagnosis(diagnosis, out)
+    print("\n".join([*notes, diagnosis_table(diagnosis), f"diagnosis: {out}"]))
+    if options.out is None:
+        from .report import write_report
+
+        print(f"report: {write_report([run], run / 'report.html')}")
+    return 0
+
+
+def _privacy(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from .privacy.accountant import METHODS, Accountant, noise_for
+
+    rate, rounds, delta = options.sampling_rate, options.rounds, options.delta
+    for method in METHODS:
+        if options.sigma is not None:
+            value = Accountant(options.sigma, rate, delta).epsilon(rounds, method)
+            print(f"epsilon by {method.upper()}  {value:.4f}")
+        else:
+            value = noise_for(options.target_epsilon, rate, rounds, delta, method)
+            print(f"sigma by {method.upper()}  {value:.4f}")
     return 0
 
 

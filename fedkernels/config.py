@@ -1,7 +1,8 @@
 """Configuration: YAML and `--key.sub value` overrides to one typed, frozen tree of dataclasses.
 
 `algorithm`, `model`, `data`, `partition` and local optimizers are choices by name: a plain name, or a mapping with
-`name` and that choice's own keys. This is the only place where names become objects.
+`name` and that choice's own keys. `privacy` is a section: a mapping of its keys, or null. This is the only place where
+names become objects.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .federated.schedule import LrSchedule
 from .layout import Role
 from .models import MODELS
 from .optim import OPTIMIZERS
+from .privacy.mechanism import Privacy
 
 
 class ModelChoice(Protocol):
@@ -60,6 +62,7 @@ CHOICES: dict[Any, Mapping[str, type]] = {
     PartitionChoice: PARTITIONS,
 }
 
+T = typing.TypeVar("T")
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -102,6 +105,7 @@ class Config:
         checkpoint_every: rounds between checkpoints; the last round always is one.
         keep_checkpoints: newest checkpoints that stay on disk.
         store_memory_bytes: per-client state held in memory per rank before it is mapped from files.
+        privacy: client-level differential privacy of algorithms that ask for it.
     """
 
     algorithm: Algorithm
@@ -133,6 +137,7 @@ class Config:
     checkpoint_every: Count = 10
     keep_checkpoints: Count = 2
     store_memory_bytes: Annotated[float, Field(ge=0, lt=math.inf)] = 2.0**30
+    privacy: Privacy | None = None
 
     def __post_init__(self) -> None:
         if self.cohort > self.clients:
@@ -163,8 +168,7 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     # A choice first, then the keys below it, in whatever order they were given.
     for dotted in sorted(overrides, key=lambda dotted: dotted.count(".")):
         _set(tree, dotted, copy.deepcopy(overrides[dotted]))
-    made: Config = _make(Config, tree, "")
-    return made
+    return make(Config, tree)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -180,11 +184,16 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if following.startswith("--"):
                 raise ConfigError(f"--{key}: expected a value after it")
             text = following
-        try:
-            overrides[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            overrides[key] = text
+        overrides[key] = parse_value(text)
     return overrides
+
+
+def parse_value(text: str) -> Any:
+    """What a value on the command line means: YAML, or the text itself where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def resolved(config: Any) -> dict[str, Any]:
@@ -196,12 +205,18 @@ def resolved(config: Any) -> dict[str, Any]:
         table = CHOICES.get(hints[field.name])
         if table is not None:
             value = {"name": _name_of(value, table), **resolved(value)}
+        elif _section(hints[field.name]) is not None:
+            value = None if value is None else resolved(value)
         elif isinstance(value, Path):
             value = str(value)
         elif isinstance(value, tuple):
-            value = list(value)
+            value = _as_lists(value)
         plain[field.name] = value
     return plain
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -246,6 +261,16 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     node[leaf] = value
 
 
+def make(cls: type[T], tree: Mapping[Any, Any]) -> T:
+    """A configuration class from a mapping of its keys.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value that its key does not take.
+    """
+    made: T = _make(cls, tree, "")
+    return made
+
+
 def _make(cls: Any, tree: Mapping[Any, Any], where: str) -> Any:
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -264,9 +289,19 @@ def _make(cls: Any, tree: Mapping[Any, Any], where: str) -> Any:
     return cls(**values)
 
 
+def _section(hint: Any) -> Any:
+    """The dataclass of a key that is a mapping of keys or null; None where it is something else."""
+    for item in typing.get_args(hint):
+        if isinstance(item, type) and dataclasses.is_dataclass(item):
+            return item
+    return None
+
+
 def _value(hint: Any, value: Any, where: str) -> Any:
     if hint in CHOICES:
         return choice(CHOICES[hint], value, where)
+    if (section := _section(hint)) is not None and isinstance(value, Mapping):
+        return _make(section, value, f"{where}.")
     if isinstance(value, bool) and "bool" not in _type_text(hint):
         raise ConfigError(f"{where}: {value!r}, expected {_type_text(hint)}")
     if hint is Path and isinstance(value, (int, datetime.date)):
@@ -302,7 +337,7 @@ def _type_text(hint: Any) -> str:
         text = _type_text(base)
         signs = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
         limits = []
-        for limit in (limit for rule in rules for limit in rule.metadata):
+        for limit in (limit for rule in rules for limit in getattr(rule, "metadata", ())):
             kind = type(limit).__name__
             limits.append(f"{signs[kind]} {getattr(limit, kind.lower())}")
         return f"{text} {' and '.join(limits)}".strip()
@@ -312,4 +347,6 @@ def _type_text(hint: Any) -> str:
         return " | ".join(_type_text(item) for item in typing.get_args(hint))
     if hint is type(None):
         return "null"
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return f"keys {', '.join(field.name for field in dataclasses.fields(hint))}"
     return str(getattr(hint, "__name__", hint)) if origin is None else str(hint)

@@ -23,9 +23,11 @@ class Wire:
     Args:
         like: its shape per client: `params` is `[d]`, `matrices` is `[d_matrix]`, `scalar` is `[1]`, an int is `[n]`.
         reduce: `mean` over the cohort (weighted when the run weights clients) or `sum`.
-        only_block: the client sends its own block and the shared block only; the mean of a block is over the clients
-            that were assigned that block, and the collective moves only those slices. Needs `like="params"`.
+        only_block: the client sends its own block and the shared block only; mean or sum of a block are over the
+            clients that were assigned that block, and the collective moves only those slices. Needs `like="params"`.
         diagnostic: rides along for `Algorithm.metrics`; a federation would not send it, so it is no protocol byte.
+        private: released by the Gaussian mechanism alone: a client's private wires get one l2 clip together, the sum
+            over the cohort gets noise once, and the aggregate is that sum over the expected cohort, whoever came.
 
     Example:
         >>> Wire("scalar").size(Layout.of(nn.Linear(3, 2)))
@@ -36,6 +38,7 @@ class Wire:
     reduce: Literal["mean", "sum"] = "mean"
     only_block: bool = False
     diagnostic: bool = False
+    private: bool = False
 
     def size(self, layout: Layout) -> int:
         """Floats per client on this wire, were it sent whole."""
@@ -111,7 +114,7 @@ class Round:
     Args:
         index: the round, from 0.
         cohort: S. Clients see how many were sampled (under Poisson sampling the number drawn, not its expectation); the
-            server sees how many of those count, which is fewer after a drop.
+            server sees how many of those count, which is fewer after a drop. Under privacy both see the expectation.
         population: all clients, N.
         steps: the nominal number of local steps, K.
         lr: the client learning rate η_r, constant inside a round.
@@ -165,6 +168,19 @@ class Task(Protocol):
 
         The returned tensor is overwritten by the next call.
         """
+        ...
+
+    def trained(self, y: Tensor) -> None:
+        """Told by `run_local` where local training ended, `y [C, d]`."""
+        ...
+
+    def full_grad(self, y: Tensor) -> Tensor:
+        """Clipped gradients `[C, d]` at `y [C, d]` of the mean loss over all samples of each client, not augmented."""
+        ...
+
+    @property
+    def sent(self) -> Tensor:
+        """`[C, d]` bool, the coordinates that each client sends on `only_block` wires: its block and the shared one."""
         ...
 
 

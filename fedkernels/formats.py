@@ -45,6 +45,16 @@ def format_loss(loss: float) -> str:
     return f"{loss:.4f}" if abs(loss) < 99.99995 else f"{loss:.2g}"
 
 
+def format_number(value: float) -> str:
+    """Four significant digits, whatever the magnitude.
+
+    Example:
+        >>> format_number(0.0123456), format_number(1234567.0)
+        ('0.01235', '1.235e+06')
+    """
+    return f"{value:.4g}"
+
+
 def format_share(fraction: float) -> str:
     """A fraction of one in percent.
 

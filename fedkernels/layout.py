@@ -2,7 +2,8 @@
 
 A model's parameters are one vector of length `d`. The layout orders them block by block and, inside a block,
 same-shape matrices side by side followed by everything else. So a block is one contiguous slice to send, and a
-shape group is one batched `[n, rows, cols]` view for matrix optimizers, both without a copy.
+shape group is one batched `[n, rows, cols]` view for matrix optimizers, both without a copy. A tensor cut by rows stays
+whole in the vector: it lies across the border of its blocks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +46,6 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     stop: int
-    block: int
     role: Role
 
 
@@ -71,13 +72,17 @@ class Layout:
     Args:
         shapes: parameter name to shape, in module order.
         roles: parameter name to `Role`.
-        n_blocks: contiguous runs of tensors, balanced by parameter count.
-        shared: name patterns (`fnmatch`) of parameters that form the shared block, laid out last.
+        blocks: how many contiguous runs, balanced by parameter count; or the members of every block as name patterns
+            (`fnmatch`), of which the first match wins.
+        cut_rows: whether runs may begin and end inside a tensor, at a row of its first dimension longer than one;
+            False keeps tensors whole. Blocks of patterns are whole tensors.
+        shared: name patterns of parameters that form the shared block, laid out last; they go before `blocks`.
         route: `hidden` gives matrix optimizers the parameters of kind `matrix`; `all_matrices` every tensor with two
             or more dimensions.
 
     Raises:
-        ValueError: a name without a role, more blocks than tensors, or a shared pattern that matches nothing.
+        ValueError: a name without a role, more blocks than there are rows or tensors, no block, an empty one, a pattern
+            that matches nothing, or patterns that leave parameters out.
 
     Example:
         >>> layout = Layout.of(nn.Linear(3, 2))
@@ -90,21 +95,24 @@ class Layout:
         shapes: Mapping[str, Sequence[int]],
         roles: Mapping[str, Role],
         *,
-        n_blocks: int = 1,
+        blocks: int | Sequence[Sequence[str]] = 1,
+        cut_rows: bool = False,
         shared: Iterable[str] = (),
         route: Literal["hidden", "all_matrices"] = "hidden",
     ) -> None:
         if missing := [name for name in shapes if name not in roles]:
             raise ValueError(f"parameters without a role: {', '.join(missing)}")
-        blocks = _assign_blocks({name: math.prod(shape) for name, shape in shapes.items()}, n_blocks, tuple(shared))
+        spans, lengths = _assign_blocks(shapes, blocks, tuple(shared), cut_rows)
 
         def is_matrix(name: str) -> bool:
             wide = len(shapes[name]) >= 2
             return wide and (route == "all_matrices" or roles[name].kind == "matrix")
 
-        def key(name: str) -> tuple[int, int, str]:
+        def key(name: str) -> tuple[int, bool, bool, str]:
+            first, last = spans[name]
             shape_group = str(_as_matrix(shapes[name], roles[name].out_dim)) if is_matrix(name) else ""
-            return blocks[name], not is_matrix(name), shape_group
+            # A tensor cut at the end of its first block lies there, after what is whole in that block.
+            return first, last > first, not is_matrix(name), shape_group
 
         entries: list[Entry] = []
         slabs: list[Slab] = []
@@ -113,7 +121,7 @@ class Layout:
         for name in sorted(shapes, key=key):
             shape, role = tuple(shapes[name]), roles[name]
             stop = start + math.prod(shape)
-            entries.append(Entry(name, shape, start, stop, blocks[name], role))
+            entries.append(Entry(name, shape, start, stop, role))
             if is_matrix(name):
                 rows, cols, scale = _as_matrix(shape, role.out_dim)
                 matrix_stop = matrix_start + rows * cols
@@ -129,7 +137,9 @@ class Layout:
         self.slabs = tuple(slabs)
         self.d = start
         self.d_matrix = matrix_start
-        self.n_blocks = n_blocks
+        self.n_blocks = len(lengths) - 1
+        edges = [0, *itertools.accumulate(lengths)]
+        self._blocks = [slice(a, b) for a, b in itertools.pairwise(edges)]
         self._sizes = [entry.stop - entry.start for entry in entries]
         self._by_name = {entry.name: entry for entry in entries}
         self._matrix_runs = _runs((slab.start, slab.stop) for slab in slabs)
@@ -142,27 +152,28 @@ class Layout:
         module: nn.Module,
         roles: Mapping[str, Role] | None = None,
         *,
-        n_blocks: int = 1,
+        blocks: int | Sequence[Sequence[str]] = 1,
+        cut_rows: bool = False,
         shared: Iterable[str] = (),
         route: Literal["hidden", "all_matrices"] = "hidden",
     ) -> Layout:
         """The layout of a module's trainable parameters; roles are read off the module types where none are given."""
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
-        return cls(shapes, roles or infer_roles(module), n_blocks=n_blocks, shared=shared, route=route)
+        roles = roles or infer_roles(module)
+        return cls(shapes, roles, blocks=blocks, cut_rows=cut_rows, shared=shared, route=route)
 
     def __getitem__(self, name: str) -> Entry:
         return self._by_name[name]
 
     def block(self, b: int) -> slice:
         """The contiguous slice of block `b`; `b = n_blocks` is the shared block (empty where none was asked for)."""
-        inside = [entry for entry in self.entries if entry.block == b]
-        return slice(inside[0].start, inside[-1].stop) if inside else slice(self.d, self.d)
+        return self._blocks[b]
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """Named views `[..., *shape]` of a flat vector `[..., d]`: no copy, one split."""
         parts = vector.split(self._sizes, dim=-1)
         lead = vector.shape[:-1]
-        return {entry.name: part.view(*lead, *entry.shape) for entry, part in zip(self.entries, parts, strict=True)}
+        return {entry.name: part.view((*lead, *entry.shape)) for entry, part in zip(self.entries, parts, strict=True)}
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Named tensors as one new flat vector `[d]`."""
@@ -279,27 +290,67 @@ def _as_matrix(shape: Sequence[int], out_dim: int) -> tuple[int, int, float]:
     return rows, cols, math.sqrt(max(1.0, cols / rows if last else rows / cols))
 
 
-def _assign_blocks(sizes: Mapping[str, int], n_blocks: int, shared: Sequence[str]) -> dict[str, int]:
-    """Block of every name: contiguous runs balanced by parameter count, the shared names in block `n_blocks`."""
-    for pattern in shared:
-        if not fnmatch.filter(sizes, pattern):
-            raise ValueError(f"shared block pattern {pattern!r} matches no parameter of {', '.join(sizes)}")
-    own = {name: n for name, n in sizes.items() if not any(fnmatch.fnmatch(name, pattern) for pattern in shared)}
-    if not 1 <= n_blocks <= max(1, len(own)):
-        raise ValueError(f"{n_blocks} blocks asked for, but the model has {len(own)} tensors to spread over them")
-    blocks = dict.fromkeys(sizes, n_blocks)
-    left, b, taken = sum(own.values()), 0, 0
-    for i, (name, n) in enumerate(own.items()):
-        blocks_left = n_blocks - b
-        # Close the block when half of this tensor would overshoot the even share, or when only enough tensors remain.
-        overshoots = taken > 0 and taken + n / 2 > (taken + left) / blocks_left
-        must_close = taken > 0 and len(own) - i < blocks_left
-        if blocks_left > 1 and (overshoots or must_close):
-            b, taken = b + 1, 0
-        blocks[name] = b
-        taken += n
-        left -= n
-    return blocks
+def _assign_blocks(
+    shapes: Mapping[str, Sequence[int]], blocks: int | Sequence[Sequence[str]], shared: Sequence[str], cut_rows: bool
+) -> tuple[dict[str, tuple[int, int]], list[int]]:
+    """The first and the last block of every name, and the length of every block; the shared block comes last."""
+    common = _matching(list(shapes), shared, "shared block")
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    own = [name for name in shapes if name not in common]
+    if isinstance(blocks, int):
+        rows = [next((n for n in shapes[name] if n > 1), 1) if cut_rows else 1 for name in own]
+        if not 1 <= blocks <= max(1, sum(rows)):
+            kind = "rows of tensors" if cut_rows else "tensors"
+            raise ValueError(f"{blocks} blocks asked for, but the model has {sum(rows)} {kind} to spread over them")
+        edges = [0, *itertools.accumulate(sizes[name] for name in own)]
+        units = [sizes[name] // n for name, n in zip(own, rows, strict=True)]
+        cuts = _even_cuts(np.repeat(np.array(units, np.int64), rows), blocks) if blocks > 1 else []
+        firsts, lasts = np.searchsorted(cuts, edges[:-1], "right"), np.searchsorted(cuts, edges[1:], "left")
+        spans = dict(zip(own, zip(firsts.tolist(), lasts.tolist(), strict=True), strict=True))
+        lengths = [high - low for low, high in itertools.pairwise([0, *cuts, edges[-1]])]
+    else:
+        labels = _blocks_by_name(own, blocks)
+        spans = {name: (b, b) for name, b in labels.items()}
+        lengths = [sum(sizes[name] for name in own if labels[name] == b) for b in range(len(blocks))]
+    spans |= dict.fromkeys(common, (len(lengths), len(lengths)))
+    return spans, [*lengths, sum(sizes[name] for name in common)]
+
+
+def _even_cuts(units: np.ndarray, n_blocks: int) -> list[int]:
+    """Where all blocks but the last end: at the end of a unit of `units [n]` nearest to an even share of the rest."""
+    ends = np.cumsum(units)
+    middles = ends - units / 2
+    cuts: list[int] = []
+    count = start = 0
+    for left in range(n_blocks, 1, -1):
+        share = (int(ends[-1]) - start) / left
+        # A unit whose middle lies beyond the share goes to the next block; every block gets one at least.
+        nearest = int(np.searchsorted(middles, start + share, "right"))
+        count = min(max(nearest, count + 1), len(units) - left + 1)
+        start = int(ends[count - 1])
+        cuts.append(start)
+    return cuts
+
+
+def _blocks_by_name(names: Sequence[str], blocks: Sequence[Sequence[str]]) -> dict[str, int]:
+    if not blocks:
+        raise ValueError("the list of blocks is empty; expected a number, or patterns of at least one block")
+    labels: dict[str, int] = {}
+    for b, patterns in enumerate(blocks):
+        members = [name for name in _matching(names, patterns, f"block {b}") if name not in labels]
+        if not members:
+            raise ValueError(f"block {b} is empty: earlier blocks leave nothing to {list(patterns)}")
+        labels |= dict.fromkeys(members, b)
+    if uncovered := [name for name in names if name not in labels]:
+        raise ValueError(f"parameters in no block: {', '.join(uncovered)}")
+    return labels
+
+
+def _matching(names: Sequence[str], patterns: Sequence[str], whose: str) -> list[str]:
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"{whose} pattern {pattern!r} matches no parameter of {', '.join(names)}")
+    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
 
 def _runs(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

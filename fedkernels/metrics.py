@@ -51,7 +51,7 @@ class MetricsWriter:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append the row of one round; NaN and infinities become null, tensors and arrays plain numbers."""
-        plain = _strict(row)
+        plain = strict(row)
         line = _line(plain)
         # One write of the whole line: a kill leaves at most a torn last line, which readers tolerate.
         if (written := os.write(self._fd, line)) != len(line):
@@ -185,6 +185,8 @@ class Progress:
             f"loss {_text(row.get('train_loss'), format_loss):>7}  acc {_text(self._accuracy, format_share):>6}  "
             f"{_text(row.get('clients_per_s'), format_rate):>5} clients/s"
         )
+        if "epsilon" in row:
+            numbers += f"  ε {_text(row['epsilon'], '{:.2f}'.format):>5}"
         last = round >= self.total_rounds
         if self._bar is not None:
             self._bar.update(TaskID(0), completed=round, description=self._head(round), tail=f"{numbers}  {remaining}")
@@ -253,16 +255,16 @@ def _text(value: float | None, form: Callable[[float], str]) -> str:
     return form(value) if value is not None and math.isfinite(value) else "-"
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """Plain JSON values, with null for what strict JSON cannot say."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
+        return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     return value
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ import yaml
 
 from .comparison import FINAL_ACCURACY, TEST_LOSS, TIME, UPLINK, Comparison
 from .data.plot import MAX_NAMED_CLASSES, class_colors
-from .figures import DASHES, SERIES, Curve, line_chart, partition_chart
+from .diagnostics.section import ROUND_WISE, diagnostics
+from .figures import Curve, line_chart, partition_chart
 from .metrics import is_number
+from .page import esc, fold, legend, lines_of, listed, page, scrolling_table, section, swatch
 from .runs import Group, name_of, read_groups
 
 _CURVES = {"test_accuracy": "Test accuracy, %", "test_loss": "Test loss", "train_loss": "Train loss"}
@@ -33,36 +34,24 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     """
     comparison = Comparison(read_groups(run_dirs))
     groups = comparison.groups
-    title = f"{_list(dict.fromkeys(group.algorithm for group in groups))} on {_names(groups, 'data')}"
+    title = f"{listed(dict.fromkeys(group.algorithm for group in groups))} on {_names(groups, 'data')}"
     sections = [
         _header(title, comparison),
-        _section("Comparison", _table(comparison)) if len(groups) > 1 else _tiles(comparison),
-        _section("Curves", _legend(groups) + _curves(groups)),
-        _section("Also recorded", _small_curves(groups)),
-        _section("Data on the clients", _partitions(groups)),
-        _section("Configuration", _differences(groups) + _configurations(groups)),
-        _section("Environment", _environments(groups)),
+        section("Comparison", _table(comparison)) if len(groups) > 1 else _tiles(comparison),
+        section("Curves", legend(groups) + _curves(groups)),
+        section("Diagnostics", diagnostics(groups)),
+        section("Also recorded", _small_curves(groups)),
+        section("Data on the clients", _partitions(groups)),
+        section("Configuration", _differences(groups) + _configurations(groups)),
+        section("Environment", _environments(groups)),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(_PAGE.format(title=_e(title), css=_css(), body="\n".join(filter(None, sections))), encoding="utf-8")
+    out.write_text(page(title, sections), encoding="utf-8")
     return out
 
 
-def _e(text: object) -> str:
-    return html.escape(str(text))
-
-
-def _list(items: Iterable[str]) -> str:
-    *head, last = items
-    return f"{', '.join(head)} and {last}" if head else last
-
-
 def _names(groups: Sequence[Group], key: str) -> str:
-    return _list(dict.fromkeys(name_of(group.runs[0].config, key) for group in groups))
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>\n{body}\n</section>" if body else ""
+    return listed(dict.fromkeys(name_of(group.runs[0].config, key) for group in groups))
 
 
 def _header(title: str, comparison: Comparison) -> str:
@@ -72,13 +61,13 @@ def _header(title: str, comparison: Comparison) -> str:
     if "clients" in config:
         setting.append(f"{config.get('cohort', 'all')} of {config['clients']} clients a round")
     if "partition" in config:
-        setting.append(_list(dict.fromkeys(_describe(group.runs[0].config.get("partition")) for group in groups)))
+        setting.append(listed(dict.fromkeys(_describe(group.runs[0].config.get("partition")) for group in groups)))
     claim = _claim_of_one(groups[0]) if len(groups) == 1 else _claim_of_several(comparison)
     remarks = [f"{group.label}: {remark}" for group in groups for run in group.runs for remark in run.remarks]
-    notes = "".join(f'<p class="note">{_e(remark)}</p>' for remark in dict.fromkeys(remarks))
+    notes = "".join(f'<p class="note">{esc(remark)}</p>' for remark in dict.fromkeys(remarks))
     return (
-        f'<header><p class="kicker">{_e(" · ".join(setting))}</p><h1>{_e(title)}</h1>'
-        f'<p class="claim">{_e(claim)}</p>{notes}</header>'
+        f'<header><p class="kicker">{esc(" · ".join(setting))}</p><h1>{esc(title)}</h1>'
+        f'<p class="claim">{esc(claim)}</p>{notes}</header>'
     )
 
 
@@ -93,12 +82,12 @@ def _describe(part: Any) -> str:
 def _claim_of_one(group: Group) -> str:
     cells = {statistic.title: statistic.cell(group) for statistic in (FINAL_ACCURACY, TEST_LOSS)}
     known = [f"{cell} {title}" for title, cell in cells.items() if cell.mean is not None]
-    reached = f"reached {_list(known)} on the test set" if known else "has not been evaluated yet"
+    reached = f"reached {listed(known)} on the test set" if known else "has not been evaluated yet"
     time, uplink = TIME.cell(group), UPLINK.cell(group)
     costs = [f"{max(run.last_round for run in group.runs)} rounds"]
     costs += [f"{time.text} of training"] if time.mean is not None else []
     costs += [f"{uplink.text} sent by the clients"] if uplink.mean is not None else []
-    return f"{group.label} {reached}: {_list(costs)}."
+    return f"{group.label} {reached}: {listed(costs)}."
 
 
 def _claim_of_several(comparison: Comparison) -> str:
@@ -108,63 +97,40 @@ def _claim_of_several(comparison: Comparison) -> str:
     if not known:
         return f"{len(cells)} configurations, none evaluated yet."
     more = f" ({len(known) - 4} more below)" if len(known) > 4 else ""
-    return f"Test accuracy at round {comparison.equal_round}: {_list(known[:4])}{more}."
+    return f"Test accuracy at round {comparison.equal_round}: {listed(known[:4])}{more}."
 
 
 def _tiles(comparison: Comparison) -> str:
     cells = [(statistic, statistic.cell(comparison.groups[0])) for statistic in comparison.statistics]
     tiles = "".join(
-        f"<div><b>{_e(cell.text)}</b> <small>{_e(cell.detail)}</small>"
-        f"<span>{_e(statistic.title)} <small>{_e(statistic.note)}</small></span></div>"
+        f"<div><b>{esc(cell.text)}</b> <small>{esc(cell.detail)}</small>"
+        f"<span>{esc(statistic.title)} <small>{esc(statistic.note)}</small></span></div>"
         for statistic, cell in cells
     )
     return f'<div class="tiles">{tiles}</div>'
 
 
 def _table(comparison: Comparison) -> str:
-    head = [f"{_e(statistic.title)}<small>{_e(statistic.note)}</small>" for statistic in comparison.statistics]
+    head = [f"{esc(statistic.title)}<small>{esc(statistic.note)}</small>" for statistic in comparison.statistics]
     leaders = [comparison.leaders(statistic) for statistic in comparison.statistics]
     rows = []
     for index, group in enumerate(comparison.groups):
         cells = [statistic.cell(group) for statistic in comparison.statistics]
         marks = [' class="best"' if index in leading else "" for leading in leaders]
         numbers = "".join(
-            f"<td{mark}>{_e(cell.text)}<small>{_e(cell.detail)}</small></td>"
+            f"<td{mark}>{esc(cell.text)}<small>{esc(cell.detail)}</small></td>"
             for cell, mark in zip(cells, marks, strict=True)
         )
         seeds = f"<small>{len(group.runs)} seeds</small>" if len(group.runs) > 1 else ""
-        rows.append(f"<tr><th>{_swatch(index)}{_e(group.label)}{seeds}</th>{numbers}</tr>")
-    return _scrolling_table(head, rows)
-
-
-def _scrolling_table(head: Sequence[str], rows: Sequence[str]) -> str:
-    titles = "".join(f"<th>{cell}</th>" for cell in ("", *head))
-    body = "".join(rows)
-    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _swatch(index: int) -> str:
-    style = ("solid", "dashed", "dotted")[index // len(SERIES) % len(DASHES)]
-    return f'<i class="line" style="border-top: 3px {style} var(--s{index % len(SERIES)})"></i>'
-
-
-def _legend(groups: Sequence[Group]) -> str:
-    items = [f"<span>{_swatch(i)}{_e(group.label)}</span>" for i, group in enumerate(groups)] if len(groups) > 1 else []
-    if any(len(group.runs) > 1 for group in groups):
-        items.append('<span class="quiet">bands: mean ± standard error over seeds</span>')
-    return f'<p class="legend">{"".join(items)}</p>' if items else ""
-
-
-def _lines(groups: Sequence[Group], key: str, by: str) -> list[Curve]:
-    drawn = [(style, *group.curve(key, by)) for style, group in enumerate(groups)]
-    return [Curve(*curve) for curve in drawn if len(curve[1])]
+        rows.append(f"<tr><th>{swatch(index)}{esc(group.label)}{seeds}</th>{numbers}</tr>")
+    return scrolling_table(head, rows)
 
 
 def _curves(groups: Sequence[Group]) -> str:
     panels = []
     for key, title in _CURVES.items():
         for by in ("round", "protocol_up_bytes", "time_s"):
-            if not (curves := _lines(groups, key, by)):
+            if not (curves := lines_of(groups, key, by)):
                 continue
             unit, label = _unit(by, max(float(curve.x.max()) for curve in curves))
             factor = 100 if key == "test_accuracy" else 1
@@ -187,9 +153,10 @@ def _small_curves(groups: Sequence[Group]) -> str:
     runs = [run for group in groups for run in group.runs]
     keys = dict.fromkeys(key for run in runs for row in run.rows for key, value in row.items() if is_number(value))
     panels = [
-        f"<figure>{line_chart(key, 'round', _lines(groups, key, 'round'), small=True)}</figure>"
+        f"<figure>{line_chart(key, 'round', lines_of(groups, key, 'round'), small=True)}</figure>"
         for key in keys
-        if key not in ("round", "time_s", *_CURVES) and any(len(set(run.values(key).values())) > 1 for run in runs)
+        if key not in ("round", "time_s", *_CURVES, *ROUND_WISE)
+        and any(len(set(run.values(key).values())) > 1 for run in runs)
     ]
     return f'<div class="grid small">{"".join(panels)}</div>' if panels else ""
 
@@ -201,7 +168,7 @@ def _partitions(groups: Sequence[Group]) -> str:
         # One seed's partition stands for those of a group.
         if partitions:
             labels.setdefault(partitions[0], []).append(group.label)
-    pictures = [(json.loads(text), f"Partition of {_list(names)}") for text, names in labels.items()]
+    pictures = [(json.loads(text), f"Partition of {listed(names)}") for text, names in labels.items()]
     return "".join(_partition(partition, title if len(pictures) > 1 else "Partition") for partition, title in pictures)
 
 
@@ -220,7 +187,7 @@ def _partition(partition: Mapping[str, Any], title: str) -> str:
     keys = "".join(f'<span><i class="box" style="background: {colors[c]}"></i>class {c}</span>' for c in named)
     return (
         f'<figure class="wide">{partition_chart(counts, title)}<p class="legend">{keys}</p></figure>'
-        f'<p class="quiet">{_e(facts)}</p>'
+        f'<p class="quiet">{esc(facts)}</p>'
     )
 
 
@@ -234,23 +201,19 @@ def _differences(groups: Sequence[Group]) -> str:
     for key in sorted(keys):
         cells = [", ".join(dict.fromkeys(config.get(key, "-") for config in configs)) for configs in flat]
         if len(set(cells)) > 1:
-            rows.append(f"<tr><th>{_e(key)}</th>{''.join(f'<td>{_e(cell)}</td>' for cell in cells)}</tr>")
-    return _scrolling_table([_e(group.label) for group in groups], rows)
+            rows.append(f"<tr><th>{esc(key)}</th>{''.join(f'<td>{esc(cell)}</td>' for cell in cells)}</tr>")
+    return scrolling_table([esc(group.label) for group in groups], rows)
 
 
 def _configurations(groups: Sequence[Group]) -> str:
     folds = []
     for group in groups:
         if config := group.runs[0].config:
-            seeds = _list(str(run.config.get("seed")) for run in group.runs)
+            seeds = listed(str(run.config.get("seed")) for run in group.runs)
             title = f"{group.label}, seed{'s' * (len(group.runs) > 1)} {seeds}"
-            text = f"<pre>{_e(yaml.safe_dump(config, sort_keys=False))}</pre>"
-            folds.append(_fold(title, text, open=len(groups) == 1))
+            text = f"<pre>{esc(yaml.safe_dump(config, sort_keys=False))}</pre>"
+            folds.append(fold(title, text, open=len(groups) == 1))
     return "".join(folds)
-
-
-def _fold(title: str, body: str, *, open: bool) -> str:
-    return f"<details{' open' * open}><summary>{_e(title)}</summary>{body}</details>"
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -272,76 +235,9 @@ def _environments(groups: Sequence[Group]) -> str:
     for text, names in folders.items():
         known = {key: value for key, value in json.loads(text).items() if value is not None}
         rows = "".join(
-            f"<tr><th>{_e(key)}</th><td>{_e(_list(map(str, value)) if isinstance(value, list) else value)}</td></tr>"
+            f"<tr><th>{esc(key)}</th><td>{esc(listed(map(str, value)) if isinstance(value, list) else value)}</td></tr>"
             for key, value in known.items()
         )
-        title = "all runs" if len(names) == len(runs) > 1 else _list(names)
-        folds.append(_fold(title, f'<table class="plain">{rows}</table>', open=len(folders) == 1))
+        title = "all runs" if len(names) == len(runs) > 1 else listed(names)
+        folds.append(fold(title, f'<table class="plain">{rows}</table>', open=len(folders) == 1))
     return "".join(folds)
-
-
-def _css() -> str:
-    light, dark = ("".join(f"--s{i}: {pair[mode]}; " for i, pair in enumerate(SERIES)) for mode in (0, 1))
-    return (
-        f":root {{ color-scheme: light dark; --ink: #1b1f24; --quiet: #5c6570; --paper: #fff; --card: #f6f7f9; "
-        f"--line: #d5dae0; {light}}}\n"
-        f"@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6e9ee; --quiet: #9aa5b1; --paper: #14171b; "
-        f"--card: #1d2126; --line: #3a424b; {dark}}} }}\n{_RULES}"
-    )
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{css}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-_RULES = """* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1240px; padding: 24px clamp(14px, 3vw, 40px) 60px; background: var(--paper);
-  color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif }
-h1 { margin: 2px 0 6px; font-size: clamp(24px, 4vw, 34px); line-height: 1.15; overflow-wrap: anywhere }
-h2 { margin: 40px 0 12px; font-size: 19px }
-p { margin: 6px 0 }
-.kicker, .quiet, figcaption, small { color: var(--quiet) }
-.claim { font-size: 17px; max-width: 60em; overflow-wrap: anywhere }
-.note { padding: 6px 12px; border-left: 3px solid var(--s1); background: var(--card) }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px; margin-top: 18px }
-.tiles div { padding: 12px 14px; background: var(--card); border-radius: 8px }
-.tiles b { font-size: 22px; line-height: 1.25; font-weight: 650; font-variant-numeric: tabular-nums }
-.tiles span, .tiles span small { display: block; color: var(--quiet) }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px }
-table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums }
-th, td { padding: 7px 9px; text-align: right; vertical-align: top; white-space: nowrap }
-th { font-weight: 600 }
-th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
-thead th { background: var(--card) !important; white-space: normal; min-width: 84px }
-tbody tr + tr > * { border-top: 1px solid var(--line) }
-td small, th small { display: block; font-weight: 400; font-size: 11.5px }
-.best { font-weight: 700; color: var(--s2) }
-.line { display: inline-block; width: 18px; margin-right: 7px; vertical-align: middle }
-.box { display: inline-block; width: 11px; height: 11px; margin-right: 5px; border-radius: 2px }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 0 0 10px; font-size: 14px }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); gap: 18px 24px }
-.grid.small { grid-template-columns: repeat(auto-fill, minmax(min(250px, 100%), 1fr)) }
-figure { margin: 0; min-width: 0 }
-.small figure { max-width: 330px }
-figure svg { display: block; width: 100%; height: auto }
-.wide { overflow-x: auto }
-.wide svg { min-width: 720px }
-.wide .legend { font-size: 13px; margin-top: 6px; gap: 2px 14px }
-details { margin: 8px 0; border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px }
-summary { cursor: pointer; overflow-wrap: anywhere }
-pre { columns: 3 250px; overflow-x: auto; font-size: 13px; line-height: 1.45 }
-.plain th, .plain td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top }
-.plain th { width: 11em }
-@media print { body { max-width: none; padding: 0 } section { break-inside: avoid } }"""

@@ -15,6 +15,8 @@ class Purpose(IntEnum):
     COHORT = 3
     BATCHES = 4
     BLOCKS = 5
+    DIAGNOSTICS = 0xD1A6
+    NOISE = 0x1015E
 
 
 def stream(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:

@@ -26,6 +26,7 @@ class Run:
     rows: list[dict[str, Any]]
     environment: dict[str, Any]
     partition: dict[str, Any]
+    diagnosis: dict[str, Any]
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -36,9 +37,9 @@ class Run:
             ValueError: one of its files is damaged.
         """
         rows = read_metrics(path)
-        names = ("config.yaml", "environment.json", "partition.json")
-        config, environment, partition = (_read_mapping(path / name) for name in names)
-        return cls(path, config, rows, environment, partition)
+        names = ("config.yaml", "environment.json", "partition.json", "diagnosis.json")
+        config, environment, partition, diagnosis = (_read_mapping(path / name) for name in names)
+        return cls(path, config, rows, environment, partition, diagnosis)
 
     def values(self, key: str) -> dict[int, float]:
         """Round to value, where the round has one."""

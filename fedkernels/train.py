@@ -102,14 +102,17 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
     ranks = collectives.world_size
     notes.append(f"{ranks} rank{'s' * (ranks > 1)} on {device.type}, {engine.layout.d:,} parameters")
     notes.append(f"evaluator {choice.evaluator}, {choice.clients_per_batch} client(s) at once: {choice.why}")
-    log = collectives.agree(lambda: _Log(config, engine, notes) if leader else None)
+    # Every rank works it out, but only as alike as their processors round.
+    rounds = collectives.gather(engine.last_round())[0]
+    notes += _privacy_notes(engine, rounds)
+    log = collectives.agree(lambda: _Log(config, engine, rounds, notes) if leader else None)
     stopped_by = None
     with _signals(engine) as received:
         try:
-            while engine.round < config.rounds and not engine.stop_agreed:
+            while engine.round < rounds and not engine.stop_agreed:
                 start = time.perf_counter()
                 row = engine.run_round()
-                last = engine.round == config.rounds
+                last = engine.round == rounds
                 due = engine.round % config.eval_every == 0 or last
                 row |= engine.evaluate() if due else {"test_loss": None, "test_accuracy": None}
                 totals["time_s"] += time.perf_counter() - start
@@ -118,11 +121,14 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
                 if engine.round % config.checkpoint_every == 0 or last or engine.stop_agreed:
                     checkpoint.save(checkpoints, engine, identity, totals, config.keep_checkpoints)
             collectives.agree(lambda: log.check() if log is not None else None)
-            if engine.round < config.rounds:
+            if engine.round < rounds:
                 stopped_by = next(number for numbers in collectives.gather(received) for number in numbers)
                 if log is not None:
                     name = signal.Signals(stopped_by).name
                     log.progress.note(f"stopped by {name} after round {engine.round}; continue with --resume")
+            elif rounds < config.rounds and log is not None and config.privacy is not None:
+                target = f"ε = {config.privacy.target_epsilon:g}"
+                log.progress.note(f"ended after round {rounds} of {config.rounds}: another would exceed {target}")
         finally:
             if log is not None:
                 log.close()
@@ -137,12 +143,12 @@ class _Log:
     A full disk must end all ranks together: `write` asks for a stop at the next round, and `check` then raises.
     """
 
-    def __init__(self, config: Config, engine: Engine, notes: list[str]) -> None:
+    def __init__(self, config: Config, engine: Engine, rounds: int, notes: list[str]) -> None:
         self._engine = engine
         self._writer = MetricsWriter(config.run_dir)
         self._writer.truncate_after(engine.round)
         self._failure: OSError | None = None
-        self.progress = Progress(config.rounds, first_round=engine.round)
+        self.progress = Progress(rounds, first_round=engine.round)
         for note in notes:
             self.progress.note(note)
 
@@ -163,6 +169,23 @@ class _Log:
     def close(self) -> None:
         self.progress.close()
         self._writer.close()
+
+
+def _privacy_notes(engine: Engine, rounds: int) -> list[str]:
+    privacy, accountant = engine.settings.privacy, engine.accountant
+    if privacy is None or accountant is None:
+        return []
+    epsilon = accountant.epsilon(rounds, privacy.accountant)
+    notes = [
+        f"privacy: ε = {epsilon:.4g} at δ = {privacy.delta:g} after round {rounds}, by {privacy.accountant.upper()}, "
+        f"with σ = {privacy.noise_multiplier:g} and q = {accountant.sampling_rate:g}"
+    ]
+    if privacy.delta >= 1 / engine.population:
+        notes.append(
+            f"privacy.delta: {privacy.delta:g} is not below 1/{engine.population}, one over the number of clients: "
+            "to publish some client's data whole would satisfy it"
+        )
+    return notes
 
 
 def _finish(config: Config, data: Dataset, engine: Engine) -> None:

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from support import run_rounds, tiny_engine
+from support import CLIENTS, run_rounds, tiny_engine
 
 from fedkernels.algorithms import ALGORITHMS
 from fedkernels.contract import Algorithm, Batch
 from fedkernels.federated.batches import LocalWork
 from fedkernels.federated.collectives import Collectives
 from fedkernels.federated.engine import Engine
+from fedkernels.federated.schedule import sample_cohort
+from fedkernels.privacy.mechanism import Privacy
 
 Result = dict[str, Any]
 
@@ -22,6 +24,7 @@ Result = dict[str, Any]
 # of matrices, 4 of the head, 2 norms and 28 biases.
 D, D_MATRIX, D_HEAD, B = 332, 256, 36, 58
 COHORT, ROUNDS, BLOCKS = 6, 3, 3
+BLOCK = (D - D_HEAD) / BLOCKS  # on average, beside the shared head
 WORK = LocalWork(8, local_steps=3, local_epochs=2)
 
 
@@ -33,6 +36,7 @@ class Case:
         up, down: floats of one client, on average over the cohort where clients send blocks.
         whole: floats of the wires that are not cut into blocks; None where that is all of `up`.
         kept: floats of state that stays with a client.
+        settings: of the engine, which the algorithm cannot do without.
     """
 
     algorithm: str
@@ -41,11 +45,23 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     whole: int | None = None
     kept: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def private(self) -> bool:
+        return "privacy" in self.settings
+
+    def cohort(self, r: int, size: int = COHORT) -> np.ndarray:
+        return sample_cohort(self.settings.get("sampling", "uniform"), 0, r, CLIENTS, size)
 
     def build(self) -> Algorithm:
         return ALGORITHMS[self.algorithm](**self.options)
 
 
+PRIVATE: dict[str, Any] = {
+    "sampling": "poisson",
+    "privacy": Privacy(noise_multiplier=0.7, clip=0.05, delta=0.01, noise_seed=7),
+}
 CASES = {
     "fedavg": Case("fedavg", D, D),
     "fedavg-all": Case("fedavg", D, D, {"prox_mu": 0.3, "server_momentum": 0.9, "server_lr": 0.5}),
@@ -67,7 +83,34 @@ CASES = {
     "fedadamw-none": Case("fedadamw", D, 2 * D, {"second_moment": "none"}),
     "fedmuon": Case("fedmuon", D + D_MATRIX, 2 * D + D_MATRIX),
     "fedmuon-unshared": Case("fedmuon", D, 2 * D, {"share_momentum": False}),
-    "fedbcgd": Case("fedbcgd", (D - D_HEAD) / BLOCKS + D_HEAD, D, {"blocks": BLOCKS}, whole=D_HEAD),
+    "fednsam": Case("fednsam", D, 2 * D),
+    "fednsam-local": Case("fednsam", D, D, {"perturbation": "local"}),
+    "fedsam": Case("fedsam", D, D),
+    "mofedsam": Case("mofedsam", D, 2 * D),
+    "fedgamma": Case("fedgamma", 2 * D, 2 * D, kept=D),
+    "fedlesam": Case("fedlesam", D, D, kept=D),
+    "fedsmoo": Case("fedsmoo", 2 * D, 2 * D, kept=2 * D),
+    "fedbcgd": Case("fedbcgd", BLOCK + D_HEAD, D, {"blocks": BLOCKS}, whole=D_HEAD),
+    "fedbcgd-layers": Case("fedbcgd", BLOCK + D_HEAD, D, {"blocks": BLOCKS, "cut_rows": False}, whole=D_HEAD),
+    "fedbcgd-named": Case(
+        "fedbcgd", D / BLOCKS, D, {"blocks": (("*.bias",), ("1.*", "8.*"), ("*",)), "shared": ()}, whole=0
+    ),
+    "fedbcgd_plus": Case("fedbcgd_plus", 2 * (BLOCK + D_HEAD), 2 * D, {"blocks": BLOCKS}, whole=2 * D_HEAD, kept=D),
+    "fedbcgd_plus-ema-svrg": Case(
+        "fedbcgd_plus",
+        2 * (BLOCK + D_HEAD),
+        2 * D,
+        {"blocks": BLOCKS, "control": "ema", "svrg": True},
+        whole=2 * D_HEAD,
+        kept=D,
+    ),
+    "dp_fedavg": Case("dp_fedavg", D, D, settings=PRIVATE),
+    "dp_fedsam": Case("dp_fedsam", D, D, settings=PRIVATE),
+    "dp_fedadamw": Case("dp_fedadamw", D, 2 * D, settings=PRIVATE),
+    "dp_fedpgn": Case("dp_fedpgn", D, 2 * D, settings=PRIVATE),
+    "dp_fedpgn-all": Case(
+        "dp_fedpgn", D, 2 * D, {"variant": "penalty", "laplacian": 1.0, "sparsify": 0.3}, settings=PRIVATE
+    ),
 }
 
 
@@ -79,7 +122,7 @@ def state(engine: Engine) -> dict[str, np.ndarray]:
 
 def run(case: Case, *, stop: int = ROUNDS, poisoned: dict[int, set[int]] | None = None, **options: Any) -> Result:
     """Final state and metrics after `stop` rounds; `poisoned` maps rounds to the clients whose samples are NaN then."""
-    engine = tiny_engine(case.build(), **({"rounds": 10, "clip_norm": 0.5, "work": WORK} | options))
+    engine = tiny_engine(case.build(), **({"rounds": 10, "clip_norm": 0.5, "work": WORK} | case.settings | options))
     if poisoned:
         poison(engine, poisoned)
     _, rows = run_rounds(engine, stop)

@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from support import tiny_engine
+from torch import Tensor
 
-from fedkernels.algorithms import FedAvg
+from fedkernels.algorithms import DpFedAvg, FedAvg
+from fedkernels.contract import Task, Vectors
 from fedkernels.federated.collectives import Collectives
+from fedkernels.privacy.mechanism import Privacy
 
 
 def each_collective(collectives: Collectives) -> dict[str, Any]:
@@ -75,3 +78,23 @@ def engine_on_ranks(collectives: Collectives) -> dict[str, Any]:
         out["error"] = sorted(int(client) for client in re.findall(r"client (\d+) sent NaN", str(error)))
     assert np.isfinite(out["x"]).all()
     return out
+
+
+class Silent(DpFedAvg):
+    """Clients that send zeros."""
+
+    def client(self, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
+        return {"delta": torch.zeros(len(task.steps), len(s.x), dtype=s.x.dtype)}
+
+
+def noise_on_ranks(collectives: Collectives) -> list[np.ndarray]:
+    """What every round adds to x when clients send zeros."""
+    privacy = Privacy(noise_multiplier=0.7, clip=0.05, delta=0.01, noise_seed=7)
+    engine = tiny_engine(Silent(), collectives=collectives, sampling="poisson", privacy=privacy)
+    steps = []
+    for _ in range(3):
+        before = engine.server.x.clone()
+        row = engine.run_round()
+        assert ("epsilon" in row) == (collectives.rank == 0)
+        steps.append((engine.server.x - before).numpy().copy())
+    return steps

@@ -1,15 +1,25 @@
 """The table of algorithms, one paper a file."""
 
 from ..contract import Algorithm
+from .dp_fedadamw import DpFedAdamW
+from .dp_fedavg import DpFedAvg
+from .dp_fedpgn import DpFedPgn
+from .dp_fedsam import DpFedSam
 from .fedacg import FedAcg
 from .fedadamw import FedAdamW
 from .fedavg import FedAvg, FedAvgM, FedProx
 from .fedbcgd import FedBcgd
+from .fedbcgd_plus import FedBcgdPlus
 from .fedcm import FedCm
 from .feddyn import FedDyn
+from .fedgamma import FedGamma
 from .fedlada import FedLada
+from .fedlesam import FedLesam
 from .fedmuon import FedMuon
+from .fednsam import FedNsam
 from .fedopt import FedAdagrad, FedAdam, FedYogi
+from .fedsam import FedSam, MoFedSam
+from .fedsmoo import FedSmoo
 from .local_adamw import LocalAdamW
 from .local_muon import LocalMuon
 from .scaffold import Scaffold
@@ -31,4 +41,15 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "fedadamw": FedAdamW,
     "fedmuon": FedMuon,
     "fedbcgd": FedBcgd,
+    "fedbcgd_plus": FedBcgdPlus,
+    "fednsam": FedNsam,
+    "fedsam": FedSam,
+    "mofedsam": MoFedSam,
+    "fedgamma": FedGamma,
+    "fedlesam": FedLesam,
+    "fedsmoo": FedSmoo,
+    "dp_fedavg": DpFedAvg,
+    "dp_fedsam": DpFedSam,
+    "dp_fedadamw": DpFedAdamW,
+    "dp_fedpgn": DpFedPgn,
 }

@@ -25,19 +25,25 @@ class FedBcgd(Algorithm):
 
     Args:
         local: the clients' optimizer P, its state reset each round.
-        blocks: N_b, contiguous runs of layers balanced by parameter count.
+        blocks: N_b, contiguous runs of layers balanced by parameter count; or the parameters of every block as name
+            patterns, of which the first match wins.
+        cut_rows: whether runs may begin and end at a row inside a layer. Whole layers leave blocks as uneven as the
+            model: of five, the largest has 3.9 times the mean in LeNet-5 of CIFAR-100 and 1.1 times in ResNet-18 and
+            ViT-Tiny, with cuts 1.01 times. Blocks of patterns are whole tensors either way.
         momentum: γ; 0 is the plain form.
         shared: name patterns of the shared block; None shares the output head.
 
     Raises:
-        ValueError: the layout was asked for more blocks than the model has tensors, or for a pattern without a match.
+        ValueError: the layout was asked for more blocks than the model has rows or tensors, for a pattern without a
+            match, an empty block, or patterns that leave parameters out.
 
     Reference: FedBCGD: Communication-efficient accelerated block coordinate gradient descent for federated learning,
     ACM MM 2024 (arXiv 2603.05116).
     """
 
     local: LocalOptimizer = Sgd()
-    blocks: Annotated[int, Field(ge=1)] = 5
+    blocks: Annotated[int, Field(ge=1)] | tuple[tuple[str, ...], ...] = 5
+    cut_rows: bool = True
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.45
     shared: tuple[str, ...] | None = None
 
@@ -47,7 +53,7 @@ class FedBcgd(Algorithm):
         if shared is None:
             heads = [name.rpartition(".")[0] for name, role in roles.items() if role.kind == "head"]
             shared = tuple(f"{head}.*" for head in heads)
-        return Layout.of(module, roles, n_blocks=self.blocks, shared=shared)
+        return Layout.of(module, roles, blocks=self.blocks, cut_rows=self.cut_rows, shared=shared)
 
     def up(self, layout: Layout) -> dict[str, Wire]:
         return {"delta": Wire(only_block=True)}

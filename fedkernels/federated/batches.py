@@ -70,14 +70,31 @@ class Batches:
                 weights[c, first : first + count].reshape(-1)[: len(order)] = 1
             if crops is not None:
                 crops[c, :k] = draw_crops(rng, (k, shape[2]))
+        return self._load(steps, indices, weights, crops)
+
+    def sweep(self, clients: Sequence[int]) -> Iterator[Batch]:
+        """Every sample of `clients` once, in the order of the partition and not augmented, in mini-batches."""
+        sizes = self.partition.sizes[list(clients)]
+        steps = -(-sizes // self.work.batch_size)
+        shape = (len(clients), int(steps.max()), self.work.batch_size)
+        indices, weights = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32)
+        for c, (client, size) in enumerate(zip(clients, sizes.tolist(), strict=True)):
+            indices[c].reshape(-1)[:size] = self.partition[client]
+            weights[c].reshape(-1)[:size] = 1
+        return self._load(steps, indices, weights, None)
+
+    def _load(
+        self, steps: np.ndarray, indices: np.ndarray, weights: np.ndarray, crops: np.ndarray | None
+    ) -> Iterator[Batch]:
+        """Mini-batches of samples `indices [C, K, b]`, of which client `c` has the first `steps[c]`."""
         device = self.objective.device
         on_device = torch.from_numpy(indices).to(device)
         crops_on_device = None if crops is None else torch.from_numpy(crops).to(device)
         # A step whose active clients all have full batches needs no weights.
-        alive = steps[:, None] > np.arange(shape[1])
+        alive = steps[:, None] > np.arange(indices.shape[1])
         full = (weights.min(2) > 0) | ~alive
         weights_on_device = None if full.all() else torch.from_numpy(weights).to(device, self.objective.dtype)
-        for k in range(shape[1]):
+        for k in range(indices.shape[1]):
             inputs, targets = self.objective.train_batch(
                 on_device[:, k], None if crops_on_device is None else crops_on_device[:, k]
             )

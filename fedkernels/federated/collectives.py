@@ -37,8 +37,9 @@ class Collectives:
     def reduce_blocks(self, sums: Tensor, blocks: Sequence[slice], holders: Sequence[Sequence[int]]) -> None:
         """Sum each block of `sums [d]` over the ranks that hold it, then give the result to all ranks, in place.
 
-        A block's owner is one of its holders, chosen so that ownership is spread evenly. The other holders send it
-        their slice, it adds them in rank order, and broadcasts. A block nobody holds stays as it is.
+        A block's owner is one of its holders, chosen so that every rank owns about as much. The other holders send it
+        their slice, it adds them in rank order, and broadcasts; blocks travel side by side. A block nobody holds stays
+        as it is.
 
         Args:
             blocks: the slice of each block.
@@ -48,11 +49,11 @@ class Collectives:
             return
         owned = [0] * self.world_size
         owners: list[int | None] = []
-        for ranks in holders:
+        for block, ranks in zip(blocks, holders, strict=True):
             owner = min(ranks, key=lambda rank: (owned[rank], rank)) if ranks else None
             owners.append(owner)
             if owner is not None:
-                owned[owner] += 1
+                owned[owner] += block.stop - block.start
         operations: list[dist.P2POp] = []
         received: list[tuple[slice, Tensor]] = []
         for b, (block, ranks, owner) in enumerate(zip(blocks, holders, owners, strict=True)):
@@ -69,10 +70,13 @@ class Collectives:
         self._wait(operations)
         for block, part in received:
             sums[block] += part
+        broadcasts: list[Any] = []
         for block, owner in zip(blocks, owners, strict=True):
             if owner is not None:
-                dist.broadcast(sums[block], src=owner)
+                broadcasts.append(dist.broadcast(sums[block], src=owner, async_op=True))
                 self.link_bytes += (self.world_size - 1) * (block.stop - block.start) * sums.element_size()
+        for broadcast in broadcasts:
+            broadcast.wait()
 
     def exchange(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from ..contract import Algorithm, Batch, Round, Vectors
 from ..data.partition import Partition
 from ..layout import Role
+from ..privacy.accountant import Accountant
+from ..privacy.mechanism import GaussianMechanism, Privacy, check
 from .aggregate import Aggregator, protocol_bytes
 from .batches import Batches, LocalWork
 from .collectives import Collectives
@@ -46,6 +48,7 @@ class EngineSettings:
         placement: `estimated` balances local steps over ranks, `measured` also each rank's measured speed.
         reduce_dtype: of sums over clients; `float64` makes float32 results independent of ranks and their order.
         store_memory_bytes: client state held in memory per rank before pages are mapped from files.
+        privacy: how an algorithm's private wires are released; they need it, and no other wires may be there with it.
     """
 
     seed: int = 0
@@ -63,6 +66,7 @@ class EngineSettings:
     reduce_dtype: Literal["float64", "float32"] = "float64"
     on_nonfinite: Literal["error", "drop_client"] = "error"
     store_memory_bytes: float = 2.0**30
+    privacy: Privacy | None = None
 
 
 class Engine:
@@ -77,7 +81,11 @@ class Engine:
         directory: for mapped client state, if it ever outgrows memory.
 
     Raises:
-        ValueError: a cohort larger than the population or smaller than the number of ranks, or a client without data.
+        ValueError: a cohort larger than the population or smaller than the number of ranks, a client without data, or
+            what `privacy.mechanism.check` refuses, or a target ε that one round exceeds.
+
+    Attributes:
+        mechanism, accountant: of private wires; None without privacy.
 
     Example:
         >>> from fedkernels.config import load
@@ -108,9 +116,14 @@ class Engine:
         self._check(partition)
         self.layout = algorithm.layout(objective.module, roles)
         self.wires = algorithm.up(self.layout)
+        self.mechanism: GaussianMechanism | None = None
+        self.accountant: Accountant | None = None
+        self._check_privacy()
         self.batches = Batches(partition, objective, settings.work, settings.seed)
         self.sizes = partition.sizes
         self.nominal_steps = int(self.batches.work.steps(self.sizes).max())
+        if settings.privacy is not None and settings.work.local_steps is not None:
+            self.nominal_steps = settings.work.local_steps  # public, whatever the largest client has
         x = self.layout.flatten(dict(objective.module.named_parameters()))
         self.server = Vectors(algorithm.init(x, self.layout), what="the server")
         self.round = 0
@@ -130,7 +143,12 @@ class Engine:
         self._gradients = x.new_empty(0, self.layout.d)
         self._sliced = any(wire.only_block for wire in self.wires.values())
         self._aggregator = Aggregator(
-            self.wires, self.layout, x, getattr(torch, settings.reduce_dtype), N_SLOTS + 2 * self.collectives.world_size
+            self.wires,
+            self.layout,
+            x,
+            getattr(torch, settings.reduce_dtype),
+            N_SLOTS + 2 * self.collectives.world_size,
+            self.mechanism,
         )
         self._evaluator: Evaluator | None = None
         self.choice: Choice | None = None
@@ -144,6 +162,33 @@ class Engine:
         sizes = partition.sizes
         if (empty := np.flatnonzero(sizes == 0)).size:
             raise ValueError(f"client {empty[0]} has no sample ({empty.size} of {self.population} clients are empty)")
+
+    def _check_privacy(self) -> None:
+        settings, privacy = self.settings, self.settings.privacy
+        check(
+            privacy,
+            self.wires,
+            algorithm=type(self.algorithm).__name__,
+            sampling=settings.sampling,
+            weighting=settings.weighting,
+            local_steps=settings.work.local_steps,
+        )
+        if privacy is None:
+            return
+        self.mechanism = GaussianMechanism(privacy, divisor=settings.cohort)
+        self.accountant = Accountant(privacy.noise_multiplier, settings.cohort / self.population, privacy.delta)
+        if self.last_round() == 0:
+            raise ValueError(
+                f"privacy.target_epsilon: {privacy.target_epsilon:g} is out of reach: the first round alone has "
+                f"ε = {self.accountant.epsilon(1, privacy.accountant):.4g}; raise noise_multiplier or lower cohort"
+            )
+
+    def last_round(self) -> int:
+        """The round the run ends with: R, or the last one before ε would exceed its target."""
+        privacy = self.settings.privacy
+        if self.accountant is None or privacy is None or privacy.target_epsilon is None:
+            return self.settings.rounds
+        return self.accountant.affordable(privacy.target_epsilon, self.settings.rounds, privacy.accountant)
 
     def settle(self, choice: Choice | None = None) -> Choice:
         """Decide how gradients are computed, by measuring where the settings say `auto`; the same on every rank.
@@ -180,8 +225,18 @@ class Engine:
         self.choice, self._evaluator = choice, make(choice)
         return choice
 
+    @property
+    def evaluator(self) -> Evaluator:
+        """What computes gradients, settled if it was not yet."""
+        if self._evaluator is None:
+            self.settle()
+        assert self._evaluator is not None
+        return self._evaluator
+
     def run_round(self) -> dict[str, float | int | None]:
         """Run one round and return its metrics, timed on this rank and otherwise the same on all.
+
+        Under privacy the first rank, which adds the noise, also tells ε and what clip and noise did.
 
         Raises:
             NonFiniteUpdateError: a client sent NaN or infinity and the settings say `error`; the server is as before.
@@ -189,25 +244,24 @@ class Engine:
         choice = self.choice or self.settle()
         link_before, start = self.collectives.link_bytes, time.perf_counter()
         settings, rank, world = self.settings, self.collectives.rank, self.collectives.world_size
-        ids = sample_cohort(settings.sampling, settings.seed, self.round, self.population, settings.cohort).tolist()
-        blocks: list[int | None] = [None] * len(ids)
-        if self._sliced:
-            blocks = assign_blocks(settings.seed, self.round, len(ids), self.layout.n_blocks).tolist()
+        ids, blocks = self.draw_cohort()
         lr = learning_rate(settings.schedule, settings.lr, self.round, settings.rounds)
-        nominal = Round(self.round, len(ids), self.population, self.nominal_steps, lr)
+        private = self.mechanism is not None
+        # How many came is private too: where privacy is asked for, nobody is told but the metrics.
+        nominal = Round(self.round, settings.cohort if private else len(ids), self.population, self.nominal_steps, lr)
         costs = self.batches.steps(ids).astype(float).tolist()
         placed = place(ids, costs, self.owners, self._speeds)
         self._move(ids, placed)
 
         aggregator = self._aggregator
-        aggregator.reset()
+        aggregator.reset(len(ids))
         down = Vectors({name: self.server[name] for name in self.algorithm.down}, what="the down wires", read_only=True)
         bad: list[str] = []
         busy_start = time.perf_counter()
         mine = placed[rank]
         for first in range(0, len(mine), choice.clients_per_batch):
             positions = mine[first : first + choice.clients_per_batch]
-            bad += self._train([ids[p] for p in positions], [blocks[p] for p in positions], down, nominal, aggregator)
+            bad += self._train(positions, ids, blocks, down, nominal, aggregator)
         if self.objective.device.type == "cuda":
             torch.cuda.synchronize(self.objective.device)
         slots = aggregator.slots
@@ -218,16 +272,24 @@ class Engine:
         holders = [
             [w for w in range(world) if any(blocks[p] == b for p in placed[w])] for b in range(self.layout.n_blocks)
         ]
+        if private and rank == 0:
+            aggregator.add_noise(self.round)
         agg = aggregator.reduce(self.collectives, holders)
         loss_sum, loss_count, clients, dropped, stop, *per_rank = slots.tolist()
         self.dropped = [text for texts in self.collectives.gather(bad) for text in texts] if dropped else []
         if dropped and settings.on_nonfinite == "error":
             raise NonFiniteUpdateError("; ".join(self.dropped))
         self.stop_agreed = stop > 0
-        metrics: dict[str, float] = {}
-        if clients:
-            done = Round(self.round, int(clients), self.population, self.nominal_steps, lr)
-            metrics = self._update_server(agg, done)
+        metrics: dict[str, float | None] = {}
+        # Under privacy an empty cohort is a round like any other: to skip it would tell that it was empty.
+        if clients or private:
+            done = nominal if private else replace(nominal, cohort=int(clients))
+            metrics |= self._update_server(agg, done)
+        if self.accountant is not None:
+            self.accountant.rounds += 1
+            if rank == 0:
+                metrics |= {"epsilon": self.accountant.epsilon(), "epsilon_rdp": self.accountant.epsilon(method="rdp")}
+                metrics |= aggregator.diagnostics(int(clients))
         self._note_speeds(per_rank[:world], per_rank[world:])
         self.round += 1
         up_bytes, down_bytes = protocol_bytes(
@@ -250,15 +312,41 @@ class Engine:
             **metrics,
         }
 
+    def draw_cohort(self) -> tuple[list[int], list[int | None]]:
+        """Client ids of the round that is next, and the block each was assigned; None where wires are whole."""
+        settings = self.settings
+        ids = sample_cohort(settings.sampling, settings.seed, self.round, self.population, settings.cohort).tolist()
+        if not self._sliced:
+            return ids, [None] * len(ids)
+        return ids, assign_blocks(settings.seed, self.round, len(ids), self.layout.n_blocks).tolist()
+
     def _train(
-        self, ids: list[int], blocks: list[int | None], down: Vectors, nominal: Round, aggregator: Aggregator
+        self,
+        positions: Sequence[int],
+        cohort: Sequence[int],
+        blocks: Sequence[int | None],
+        down: Vectors,
+        nominal: Round,
+        aggregator: Aggregator,
     ) -> list[str]:
-        """Train one batch of clients and add what they send; returns a line for each that sent NaN or infinity."""
+        """Train the clients at some positions of the cohort and add what they send.
+
+        Returns:
+            A line for each that sent NaN or infinity.
+        """
         assert self._evaluator is not None
+        ids = [cohort[p] for p in positions]
         if len(self._gradients) != len(ids):
             self._gradients = self.server.x.new_empty(len(ids), self.layout.d)
         task = LocalTask(
-            self.layout, self.batches, ids, nominal, self._evaluator, self._gradients, self.settings.clip_norm
+            self.layout,
+            self.batches,
+            ids,
+            [blocks[p] for p in positions],
+            nominal,
+            self._evaluator,
+            self._gradients,
+            self.settings.clip_norm,
         )
         keep = Vectors(self.store.get(ids, self.server.x.device), what="the client's kept state")
         versions = {name: value._version for name, value in down.items()}
@@ -276,7 +364,7 @@ class Engine:
                     self.store.put([client], self.store.get([client]))
                 continue
             weight = float(self.sizes[client]) if self.settings.weighting == "samples" else 1.0
-            aggregator.add(up, c, weight, blocks[c])
+            aggregator.add(up, c, weight, blocks[positions[c]], positions[c])
             if self.algorithm.keep:
                 self.store.put([client], {name: keep[name][c : c + 1] for name in self.algorithm.keep})
         kept = torch.tensor(finite, device=task.loss_sum.device)

@@ -53,4 +53,38 @@ def run_local(
             for name, value in own.items():
                 value.copy_(torch.where(active, value, before[name]))
         y.add_(p, alpha=-task.lr)
+    task.trained(y)
     return y, own
+
+
+def rescale_(v: Tensor, rho: float, eps: float = 1e-12) -> Tensor:
+    """Scale `v [..., d]` to length ρ in place, `ρ v/(‖v‖ + ε)`; a zero vector stays zero.
+
+    Example:
+        >>> rescale_(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 10.0).tolist()
+        [[6.0, 8.0], [0.0, 0.0]]
+    """
+    return v.mul_(rho / (torch.linalg.vector_norm(v, dim=-1, keepdim=True) + eps))
+
+
+def sam_gradient(task: Task, rho: float) -> Callable[[Tensor, Batch], Tensor]:
+    """The `grad` of sharpness-aware minimisation: `∇f_i(y + ρ g/(‖g‖ + ε))`, `g = ∇f_i(y)` on the same batch.
+
+    Both gradients are clipped as the run says; of the first only its direction counts.
+
+    Args:
+        rho: ρ, the radius of the ascent step.
+
+    Example:
+        `y, _ = run_local(task, s.x, Sgd(), grad=sam_gradient(task, 0.05))`
+
+    Reference: Foret et al., Sharpness-aware minimization for efficiently improving generalization, 2021
+    (arXiv 2010.01412), equations 2 and 3.
+    """
+    ascended = task.steps.new_empty(len(task.steps), task.layout.d)
+
+    def gradient(y: Tensor, batch: Batch) -> Tensor:
+        torch.add(y, rescale_(task.grad(y, batch), rho), out=ascended)
+        return task.grad(ascended, batch)
+
+    return gradient

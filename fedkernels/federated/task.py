@@ -21,6 +21,7 @@ class LocalTask:
         layout: Layout,
         batches: Batches,
         clients: Sequence[int],
+        blocks: Sequence[int | None],
         r: Round,
         evaluator: Evaluator,
         g: Tensor,
@@ -29,6 +30,9 @@ class LocalTask:
         self.layout = layout
         self.round = r
         self.lr = r.lr
+        self._clients = clients
+        self._blocks = blocks
+        self._sources = batches
         self._batches = batches.draw(clients, r.index)
         self._evaluator = evaluator
         self._g = g
@@ -48,9 +52,38 @@ class LocalTask:
             active = None if batch.active is None else batch.active.to(losses.device)
             self.loss_sum += losses if active is None else torch.where(active, losses, 0)
             self.loss_count += 1 if active is None else active
+        return self._clip(self._g)
+
+    def full_grad(self, y: Tensor) -> Tensor:
+        total = torch.zeros_like(self._g)
+        sizes = self._sources.partition.sizes[list(self._clients)]
+        samples = torch.as_tensor(sizes, dtype=total.dtype, device=total.device)
+        for batch in self._sources.sweep(self._clients):
+            self._evaluator(y, batch, self._g)
+            counted = batch.targets.shape[1] if batch.weights is None else batch.weights.sum(1)
+            part = self._g.mul_((counted / samples)[:, None])
+            if batch.active is not None:  # their rows are undefined
+                part = torch.where(batch.active.to(y.device)[:, None], part, 0)
+            total.add_(part)
+        return self._clip(total)
+
+    @property
+    def sent(self) -> Tensor:
+        sent = torch.ones_like(self._g, dtype=torch.bool)
+        for row, block in zip(sent, self._blocks, strict=True):
+            if block is not None:
+                row[: self.layout.block(self.layout.n_blocks).start] = False
+                row[self.layout.block(block)] = True
+        return sent
+
+    def _clip(self, g: Tensor) -> Tensor:
+        """Clip the rows of `g [C, d]`, in place."""
         if self._clip_norm != float("inf"):
-            norms = torch.linalg.vector_norm(self._g, dim=1, keepdim=True)
+            norms = torch.linalg.vector_norm(g, dim=1, keepdim=True)
             # On a CPU a look at the norms is cheaper than scaling by one; on a GPU it would stop the queue.
-            if self._g.is_cuda or bool((norms > self._clip_norm).any()):
-                self._g.mul_((self._clip_norm / norms).clamp_(max=1))
-        return self._g
+            if g.is_cuda or bool((norms > self._clip_norm).any()):
+                g.mul_((self._clip_norm / norms).clamp_(max=1))
+        return g
+
+    def trained(self, y: Tensor) -> None:
+        """Nothing: what a round needs of `y` is in what the client sends. Diagnostics look at it here."""

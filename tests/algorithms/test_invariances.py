@@ -81,17 +81,19 @@ def test_ranks_change_nothing(world_size: int, alone: Results) -> None:
 
 def link_bytes(case: Case, world_size: int, rounds: int) -> list[int]:
     """Client state that moves, one all-reduce of the bucket, and of blocks a reduction at an owner and a broadcast."""
-    engine = tiny_engine(case.build(), work=WORK)
+    engine = tiny_engine(case.build(), work=WORK, **case.settings)
+    sliced = sum(wire.only_block for wire in engine.wires.values())
     float64_bytes = 8  # of parameters and of sums
     owners: dict[int, int] = {}
     expected = []
     for r in range(rounds):
-        ids = sample_cohort("uniform", 0, r, CLIENTS, COHORT).tolist()
+        ids = case.cohort(r).tolist()
         placed = place(ids, engine.batches.steps(ids).tolist(), owners, [1.0] * world_size)
         now = {ids[p]: rank for rank, positions in enumerate(placed) for p in positions}
         moved = sum(owners.get(i, rank) != rank for i, rank in now.items()) if case.kept else 0
         owners |= now if case.kept else {}
         bucket = 5 + 2 * world_size + 1 + int(case.up if case.whole is None else case.whole)
+        bucket += len(ids) if case.private else 0
         floats = moved * case.kept
         if case.whole is not None:
             bucket += BLOCKS
@@ -99,7 +101,7 @@ def link_bytes(case: Case, world_size: int, rounds: int) -> list[int]:
             for b in range(BLOCKS):
                 held = engine.layout.block(b)
                 holders = sum(any(blocks[p] == b for p in positions) for positions in placed)
-                floats += (held.stop - held.start) * (holders - 1 + world_size - 1)
+                floats += sliced * (held.stop - held.start) * (holders - 1 + world_size - 1)
         expected.append((floats + 2 * (world_size - 1) * bucket) * float64_bytes)
     return expected
 
@@ -113,8 +115,9 @@ def test_one_rank_moves_nothing(alone: Results) -> None:
 def test_protocol_bytes(name: str, dtype: torch.dtype, itemsize: int) -> None:
     case = CASES[name]
     for row in run(case, dtype=dtype)["rows"]:
-        assert row["protocol_up_bytes"] == round(COHORT * case.up) * itemsize
-        assert row["protocol_down_bytes"] == COHORT * case.down * itemsize
+        assert row["protocol_up_bytes"] == round(row["cohort"] * case.up) * itemsize
+        assert row["protocol_down_bytes"] == row["cohort"] * case.down * itemsize
+        assert row["cohort"] == len(case.cohort(row["round"] - 1))
 
 
 @every_case
@@ -147,7 +150,11 @@ def test_some_clients_of_a_batch_are_masked() -> None:
 
 @every_case
 def test_an_empty_cohort_changes_nothing(name: str) -> None:
-    engine = tiny_engine(CASES[name].build(), work=WORK, rounds=8, sampling="poisson", cohort=1)
+    """But under privacy, where it is a round of noise alone."""
+    case = CASES[name]
+    engine = tiny_engine(
+        case.build(), **(case.settings | {"work": WORK, "rounds": 8, "sampling": "poisson", "cohort": 1})
+    )
     sizes = [len(sample_cohort("poisson", 0, r, CLIENTS, 1)) for r in range(8)]
     assert 0 in sizes
     assert max(sizes) > 1
@@ -156,9 +163,10 @@ def test_an_empty_cohort_changes_nothing(name: str) -> None:
         row = engine.run_round()
         assert (row["round"], row["cohort"], row["train_loss"] is None) == (r + 1, size, size == 0)
         after = state(engine)
-        assert np.array_equal(before["x"], after["x"]) == (size == 0)
+        assert np.array_equal(before["x"], after["x"]) == (size == 0 and not case.private)
         if size == 0:
             assert row["protocol_up_bytes"] == row["protocol_down_bytes"] == 0
+        if size == 0 and not case.private:
             assert all(np.array_equal(before[key], after[key]) for key in before)
         assert all(np.isfinite(value).all() for value in after.values())
 
@@ -170,7 +178,7 @@ def with_client(case: Case, monkeypatch: pytest.MonkeyPatch, change: Callable[[C
     """An engine whose algorithm has its `client` changed."""
     algorithm = case.build()
     monkeypatch.setattr(type(algorithm), "client", change(type(algorithm).client))
-    return tiny_engine(algorithm)
+    return tiny_engine(algorithm, **case.settings)
 
 
 @every_case
@@ -271,14 +279,14 @@ def test_undeclared_server_state_raises(name: str, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(type(algorithm), "server", changed)
     with pytest.raises(RuntimeError, match=r"surprise.*init did not declare"):
-        tiny_engine(algorithm).run_round()
+        tiny_engine(algorithm, **CASES[name].settings).run_round()
 
 
 @every_case
 @pytest.mark.parametrize("together", [1, COHORT])
 def test_a_non_finite_update_names_client_and_round(name: str, together: int) -> None:
-    engine = tiny_engine(CASES[name].build(), clients_per_batch=together)
-    client = int(sample_cohort("uniform", 0, 1, CLIENTS, COHORT)[2])
+    engine = tiny_engine(CASES[name].build(), clients_per_batch=together, **CASES[name].settings)
+    client = int(CASES[name].cohort(1)[2])
     poison(engine, {1: {client}})
     engine.run_round()
     before = {key: value.clone() for key, value in engine.server.items()}
@@ -294,7 +302,7 @@ def test_a_dropped_client_was_never_there(name: str, together: int, monkeypatch:
     case, rounds = CASES[name], 4
     absent = {r: {9} for r in range(rounds)}
     dropped = run(case, stop=rounds, poisoned=absent, on_nonfinite="drop_client", clients_per_batch=together)
-    drawn = [9 in sample_cohort("uniform", 0, r, CLIENTS, COHORT) for r in range(rounds)]
+    drawn = [9 in case.cohort(r) for r in range(rounds)]
     assert [row["dropped"] for row in dropped["rows"]] == [int(there) for there in drawn]
     assert set(drawn) == {True, False}
 

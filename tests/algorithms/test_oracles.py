@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 from oracles import CASES
-from oracles.averaging import ORACLE_SGD, SGD
-from oracles.blocks import fedbcgd
+from oracles.blocks import fedbcgd, rows_between
 from oracles.comparison import MODEL_FACTS, Built, both, check, conv, gpt2, tiny, vit
 
-from fedkernels.algorithms import ALGORITHMS, FedAdamW, FedAvg, FedBcgd
+from fedkernels.algorithms import ALGORITHMS, FedAdamW, FedAvg, FedBcgd, FedBcgdPlus
 
 
 def test_every_algorithm_has_an_oracle() -> None:
-    tested = {type(case.algorithm) for case in CASES.values()} | {FedBcgd}
-    assert tested == set(ALGORITHMS.values())
+    assert {type(case.algorithm) for case in CASES.values()} == set(ALGORITHMS.values())
 
 
 def test_the_federation_is_uneven() -> None:
@@ -54,7 +52,7 @@ BLOCKS: dict[str, tuple[Callable[[], Built], dict[str, Any], list[list[str]]]] =
         {},
         [["1.weight"], ["1.bias", "3.weight", "3.bias", "4.weight"], ["4.bias", "6.weight", "6.bias"]],
     ),
-    "named": (
+    "shared": (
         tiny,
         {"shared": ("3.*", "*.bias")},
         [["1.weight"], ["4.weight"], ["6.weight", "8.weight"]],
@@ -68,6 +66,11 @@ BLOCKS: dict[str, tuple[Callable[[], Built], dict[str, Any], list[list[str]]]] =
         ],
     ),
     "conv": (conv, {}, [["0.weight", "0.bias", "1.weight", "1.bias"], ["3.weight", "3.bias"]]),
+    "named": (
+        tiny,
+        {"blocks": (("*.bias",), ("[46].*",), ("*.weight",))},
+        [["1.bias", "3.bias", "4.bias", "6.bias"], ["4.weight", "6.weight"], ["1.weight", "3.weight"]],
+    ),
 }  # fmt: skip
 
 
@@ -77,21 +80,22 @@ BLOCKS: dict[str, tuple[Callable[[], Built], dict[str, Any], list[list[str]]]] =
 def test_fedbcgd(name: str, cohort: int, weighting: str) -> None:
     model, options, members = BLOCKS[name]
     settings = {"lr": 0.5, "cohort": cohort, "weighting": weighting}
-    engine, f = both(FedBcgd(blocks=len(members), **options), model, settings)
+    engine, f = both(FedBcgd(**{"blocks": len(members), "cut_rows": False} | options), model, settings)
     blocks = {n: b for b, names in enumerate(members) for n in names}
     check(engine, fedbcgd(f, 3, blocks=blocks))
 
 
-def test_fedbcgd_options() -> None:
-    engine, f = both(FedBcgd(blocks=3, momentum=0.0, local=SGD), tiny, {"lr": 0.1})
-    blocks = {n: b for b, names in enumerate(BLOCKS["three"][2]) for n in names}
-    check(engine, fedbcgd(f, 3, blocks=blocks, momentum=0.0, local=ORACLE_SGD))
+@pytest.mark.parametrize("algorithm", [FedBcgd(blocks=12), FedBcgdPlus(blocks=12)], ids=["fedbcgd", "fedbcgd_plus"])
+def test_more_blocks_than_layers(algorithm: FedBcgd) -> None:
+    engine, f = both(algorithm, tiny, {"lr": 0.5, "cohort": 10})
+    blocks = rows_between(f, list(f.start())[:-2], (32, 64, 80, 112, 135, 160, 184, 208, 232, 256, 280))
+    assert len({b for rows in blocks.values() for b in rows}) == 12
+    check(engine, fedbcgd(f, 3, blocks=blocks, control="exact" if isinstance(algorithm, FedBcgdPlus) else None))
 
 
 @pytest.mark.parametrize("model", [vit, gpt2])
 def test_fedbcgd_of_a_transformer(model: Callable[[], Built]) -> None:
-    engine, f = both(FedBcgd(blocks=2), model, {"lr": 0.3})
-    names = [n for n in f.start() if not n.endswith(("head.weight", "head.bias"))]
-    names = [n for n in names if not n.startswith("model.classifier")]
+    engine, f = both(FedBcgd(blocks=2, cut_rows=False), model, {"lr": 0.3})
+    names = list(f.start())[:-2]
     first = 1 if model is gpt2 else names.index("model.vit.layers.0.mlp.fc1.weight")
     check(engine, fedbcgd(f, 3, blocks={n: int(i >= first) for i, n in enumerate(names)}))

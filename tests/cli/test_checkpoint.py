@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli.small_runs import Runs
+from cli.small_runs import PRIVATE, Runs
 from safetensors.torch import load_file
 
 from fedkernels import checkpoint
@@ -107,6 +107,7 @@ def test_server_and_client_state_are_those_of_the_algorithm(made: Runs) -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_run_that_died_continues_to_the_last_bit(runs: Runs, algorithm: str, schedule: str) -> None:
     keys = ["--algorithm", algorithm, "--schedule", schedule, "--rounds", "5", "--model.hidden", "[8, 8, 8]"]
+    keys += PRIVATE if algorithm.startswith("dp_") else []
     assert runs.train("whole", *keys) == 0
     with dying_in_round(4):
         assert runs.train("died", *keys) == 130

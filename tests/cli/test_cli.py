@@ -56,7 +56,7 @@ def test_list_of_an_unknown_name(error_line: Callable[[], str], capsys: pytest.C
     assert error_line() == "algorithm: unknown name; did you mean 'algorithms'?"
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["list"], ["partition"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["list"], ["partition"], ["privacy"], ["report"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
         main([*command, "--help"])
@@ -79,6 +79,8 @@ def test_the_help_of_train_lists_every_key(capsys: pytest.CaptureFixture[str]) -
         ["list", "--names", "algorithm"],
         ["list", "algorithms", "--lr", "3"],
         ["partition"],
+        ["privacy", "--sigma", "1"],
+        ["privacy", "--sigma", "much", "--sampling_rate", "0.1", "--rounds", "9", "--delta", "0.01"],
         ["report"],
         ["report", "--outt", "x"],
     ],

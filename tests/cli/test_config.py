@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 import yaml
 from cli.small_runs import CONFIG
 
-from fedkernels.algorithms import FedAvg
+from fedkernels.algorithms import FedAvg, FedBcgd
 from fedkernels.algorithms.fedmuon import FedMuon
 from fedkernels.config import CHOICES, Config, ConfigError, describe, load, parse_overrides, resolved
 from fedkernels.data import PARTITIONS
 from fedkernels.models.vision import Mlp
 from fedkernels.optim import AdamW, Sgd
+from fedkernels.privacy.mechanism import Privacy
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -55,7 +57,10 @@ def test_values_arrive_with_their_types() -> None:
 
 @pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Config)])
 def test_a_wrong_type_names_key_value_and_expectation(key: str) -> None:
-    wrong = {"no": "such"}
+    wrong: Any = {"no": "such"}
+    if key == "privacy":  # a mapping has the type of a section, and keys that are not its own
+        assert refuse(privacy=wrong).startswith("privacy.no: unknown key; ")
+        wrong = 3
     message = refuse(**{key: wrong})
     assert message.startswith(f"{key}: {wrong}, expected ")
     if key not in WHERE:
@@ -121,7 +126,8 @@ FRACTION, ALPHA = "float > 0 and < 1", "float > 0 and < inf"
         ("algorithm", "fedmuon", "beta", 1, SHARE),
         ("algorithm", "fedmuon", "share_momentum", "perhaps", "bool"),
         ("algorithm", "fedmuon", "route", "none", "hidden | all_matrices"),
-        ("algorithm", "fedbcgd", "blocks", 0, "int >= 1"),
+        ("algorithm", "fedbcgd", "blocks", 0, "int >= 1 | tuple[tuple[str, ...], ...]"),
+        ("algorithm", "fedbcgd_plus", "rho_c", 0, "float > 0 and <= 1"),
         ("algorithm", "scaffold", "server_lr", 0, POSITIVE),
         ("algorithm.local", "sgd", "momentum", 5, SHARE),
         ("algorithm.local", "sgd", "weight_decay", -0.1, NOT_NEGATIVE),
@@ -234,6 +240,21 @@ def test_resolved_reads_back_to_an_equal_configuration(key: str, name: str, tmp_
     assert set(choice) == {"name"} | {field.name for field in dataclasses.fields(WHERE[key][name])}
 
 
+def test_nested_lists_stay_lists() -> None:
+    """What a checkpoint keeps as JSON equals what the configuration resolves to."""
+    config = accept(algorithm={"name": "fedbcgd", "blocks": [["layers.0.*", "*.bias"], ["*"]], "shared": []})
+    assert config.algorithm == FedBcgd(blocks=(("layers.0.*", "*.bias"), ("*",)), shared=())
+    plain = resolved(config)
+    assert json.loads(json.dumps(plain)) == plain
+    assert load(None, plain) == config
+
+
+@pytest.mark.parametrize("blocks", [True, "two", ["a", "b"], [["a"], 1], 2.5, {"a": 1}])
+def test_blocks_are_a_number_or_lists_of_patterns(blocks: Any) -> None:
+    message = refuse(algorithm={"name": "fedbcgd", "blocks": blocks})
+    assert message.startswith(f"algorithm.blocks: {blocks!r}, expected int >= 1 | tuple[tuple[str, ...], ...]")
+
+
 # Overrides
 
 
@@ -307,6 +328,48 @@ def test_keys_below_a_choice_hold_whatever_their_order() -> None:
         config = load(None, BASE | {key: keys[key] for key in order})
         assert config.algorithm.local == AdamW(beta1=0.5)  # type: ignore[attr-defined]
     assert accept(algorithm="fedavg").algorithm.local == Sgd()  # type: ignore[attr-defined]
+
+
+PRIVACY = {"privacy.noise_multiplier": 1, "privacy.clip": "1e-1", "privacy.delta": 0.01}
+
+
+def test_a_section_is_read_and_resolved_and_may_be_missing() -> None:
+    config = accept(**PRIVACY)
+    assert config.privacy == Privacy(noise_multiplier=1.0, clip=0.1, delta=0.01)
+    assert resolved(config)["privacy"]["noise_seed"] is None
+    assert load(None, resolved(config)) == config
+    assert accept(privacy=None) == accept()
+    assert resolved(accept())["privacy"] is None
+    assert accept(privacy={"noise_multiplier": 2, "clip": 3, "delta": 0.01}, **PRIVACY) == config
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"privacy.clip": None}, "privacy.clip: None, expected float > 0 and < inf ("),
+        ({"privacy.clip": 0}, "privacy.clip: 0, expected float > 0 and < inf ("),
+        ({"privacy.clip": True}, "privacy.clip: True, expected float > 0 and < inf"),
+        (
+            {"privacy.clip": "median"},
+            "privacy.clip: 'median', expected float > 0 and < inf "
+            "(Value error, C is one fixed public number: no ε covers a norm taken from clients' data)",
+        ),
+        ({"privacy.noise_multiplier": 0}, "privacy.noise_multiplier: 0, expected float > 0 and < inf ("),
+        ({"privacy.delta": 1}, "privacy.delta: 1, expected float > 0 and < 1 ("),
+        ({"privacy.target_epsilon": 0}, "privacy.target_epsilon: 0, expected float > 0 and < inf | null ("),
+        ({"privacy.accountant": "moments"}, "privacy.accountant: 'moments', expected pld | rdp ("),
+        ({"privacy.noise": "none"}, "privacy.noise: 'none', expected seeded | secure ("),
+        ({"privacy.noise_seed": -1}, "privacy.noise_seed: -1, expected int >= 0 | null ("),
+        ({"privacy.clp": 1}, "privacy.clp: unknown key; did you mean 'clip'?"),
+        ({"privacy": "yes"}, "privacy: 'yes', expected keys noise_multiplier, clip, delta, target_epsilon, acc"),
+    ],
+)
+def test_a_section_names_key_value_and_expectation(keys: dict[str, Any], message: str) -> None:
+    assert refuse(**(keys if "privacy" in keys else PRIVACY | keys)).startswith(message)
+
+
+def test_a_missing_key_of_a_section_is_named() -> None:
+    assert refuse(**{"privacy.clip": 1}) == "privacy.noise_multiplier: missing; expected float > 0 and < inf"
 
 
 def test_a_key_below_a_plain_value_is_refused() -> None:

@@ -84,6 +84,7 @@ WIRES = {
     "loss": Wire("scalar"),
     "v": Wire(5, reduce="sum"),
     "block": Wire(only_block=True),
+    "part": Wire(reduce="sum", only_block=True),
 }
 WEIGHTS, ASSIGNED = [2.0, 0.5, 4.0, 1.0], [2, 0, 2, 0]
 
@@ -94,7 +95,7 @@ def test_the_aggregate_is_the_weighted_mean(dtype: torch.dtype, rounds: int) -> 
     lay = layout()
     like = torch.zeros(lay.d, dtype=torch.float32)
     aggregator = Aggregator(WIRES, lay, like, dtype, 7)
-    sizes = {"delta": lay.d, "total": lay.d, "M": lay.d_matrix, "loss": 1, "v": 5, "block": lay.d}
+    sizes = {"delta": lay.d, "total": lay.d, "M": lay.d_matrix, "loss": 1, "v": 5, "block": lay.d, "part": lay.d}
     for r in range(rounds):
         aggregator.reset()
         g = torch.Generator().manual_seed(r)
@@ -109,10 +110,10 @@ def test_the_aggregate_is_the_weighted_mean(dtype: torch.dtype, rounds: int) -> 
             total = sum(WEIGHTS[c] * values[c].double() for c in rows)
             return total / sum(WEIGHTS[c] for c in rows)
 
-        blocks = torch.zeros(lay.d, dtype=torch.float64)
-        blocks[lay.block(0)] = mean([1, 3], up["block"])[lay.block(0)]
-        blocks[lay.block(2)] = mean([0, 2], up["block"])[lay.block(2)]
-        blocks[lay.block(3)] = mean([0, 1, 2, 3], up["block"])[lay.block(3)]
+        blocks, parts = torch.zeros(2, lay.d, dtype=torch.float64)
+        for b, senders in ((0, [1, 3]), (2, [0, 2]), (3, [0, 1, 2, 3])):
+            blocks[lay.block(b)] = mean(senders, up["block"])[lay.block(b)]
+            parts[lay.block(b)] = up["part"][senders].double().sum(0)[lay.block(b)]
         expected = {
             "delta": mean([0, 1, 2, 3], up["delta"]),
             "total": up["total"].double().sum(0),
@@ -120,6 +121,7 @@ def test_the_aggregate_is_the_weighted_mean(dtype: torch.dtype, rounds: int) -> 
             "loss": mean([0, 1, 2, 3], up["loss"]),
             "v": up["v"].double().sum(0),
             "block": blocks,
+            "part": parts,
         }
         assert set(agg) == set(expected)
         for name, value in expected.items():
@@ -155,14 +157,46 @@ def test_the_bucket_holds_of_block_wires_the_shared_block_alone() -> None:
     lay = layout()
     aggregator = Aggregator(WIRES, lay, torch.zeros(lay.d), torch.float64, 7)
     whole = 2 * lay.d + lay.d_matrix + 1 + 5
-    assert aggregator.bucket.numel() == 7 + 1 + 3 + whole + (lay.block(3).stop - lay.block(3).start)
+    assert aggregator.bucket.numel() == 7 + 1 + 3 + whole + 2 * (lay.block(3).stop - lay.block(3).start)
 
 
-@pytest.mark.parametrize("wire", [Wire("matrices", only_block=True), Wire(reduce="sum", only_block=True)])
-def test_block_wires_are_means_of_parameters(wire: Wire) -> None:
+@pytest.mark.parametrize("like", ["matrices", "scalar", 5])
+def test_block_wires_are_parameters(like: Any) -> None:
     lay = layout()
-    with pytest.raises(ValueError, match="wire 'part' is sent by block, so it must be like params and reduced by mean"):
-        Aggregator({"part": wire}, lay, torch.zeros(lay.d), torch.float64, 5)
+    with pytest.raises(ValueError, match=f"wire 'part' is sent by block, so it must be like params, not {like!r}"):
+        Aggregator({"part": Wire(like, only_block=True)}, lay, torch.zeros(lay.d), torch.float64, 5)
+
+
+@pytest.mark.parametrize("wires", [("a",), ("a", "b", "c")])
+@pytest.mark.parametrize("shared", [(), None])
+def test_a_block_of_all_wires_is_one_message(wires: tuple[str, ...], shared: Any) -> None:
+    """Whatever the number of wires, with and without a shared block; one nobody trained is not asked for."""
+    module = tiny_model()
+    lay = FedBcgd(blocks=20, shared=shared).layout(module, tiny_roles(module))
+    asked: list[Any] = []
+
+    class Recorder(Collectives):
+        def reduce_blocks(self, sums: torch.Tensor, blocks: Any, holders: Any) -> None:
+            asked.append((blocks, holders))
+            for block, ranks in zip(blocks, holders, strict=True):
+                assert sums[block].any() == bool(ranks)
+
+    aggregator = Aggregator({name: Wire(only_block=True) for name in wires}, lay, torch.zeros(lay.d), torch.float64, 5)
+    up = {name: torch.full((2, lay.d), 1.0 + i) for i, name in enumerate(wires)}
+    aggregator.add(up, 0, 2.0, 7)
+    aggregator.add(up, 1, 3.0, 0)
+    holders = [[0] if b in (0, 7) else [] for b in range(20)]
+    agg = aggregator.reduce(Recorder(), holders)
+    [(blocks, given)] = asked
+    assert given == holders
+    assert [(block.stop - block.start) for block in blocks] == [
+        len(wires) * (lay.block(b).stop - lay.block(b).start) for b in range(20)
+    ]
+    for i, name in enumerate(wires):
+        expected = torch.zeros(lay.d)
+        for b in (0, 7, 20):
+            expected[lay.block(b)] = 1.0 + i
+        assert torch.equal(agg[name], expected)
 
 
 def test_protocol_bytes_of_every_kind_of_wire() -> None:
@@ -171,7 +205,7 @@ def test_protocol_bytes_of_every_kind_of_wire() -> None:
     sizes = [lay.block(b).stop - lay.block(b).start for b in range(4)]
     up, down = protocol_bytes(("x", "c"), server, WIRES, lay, [2, 0, 2], 4)
     whole = 2 * lay.d + lay.d_matrix + 1 + 5
-    assert up == 4 * (3 * whole + 2 * sizes[2] + sizes[0] + 3 * sizes[3])
+    assert up == 4 * (3 * whole + 2 * (2 * sizes[2] + sizes[0] + 3 * sizes[3]))
     assert down == 4 * 3 * (lay.d + 9)
     assert protocol_bytes(("x",), server, WIRES, lay, [], 4) == (0, 0)
 

@@ -47,11 +47,20 @@ ROLES = {
 }
 SIZES = {name: math.prod(shape) for name, shape in SHAPES.items()}
 
+NAMED = (("*.bias", "[ac].*"), ("norm*", "*.weight"), ("scalar", "*"))
+
 
 def layouts() -> list[Any]:
     return [
-        pytest.param(Layout(SHAPES, ROLES, n_blocks=n, shared=shared, route=route), id=f"{n}-{len(shared)}-{route}")
-        for n, shared, route in itertools.product((1, 3), ((), ("head.*", "tokens")), ("hidden", "all_matrices"))
+        pytest.param(
+            Layout(SHAPES, ROLES, blocks=blocks, cut_rows=cut, shared=shared, route=route),
+            id=f"{blocks if isinstance(blocks, int) else 'named'}-{'cut' if cut else 'whole'}-{len(shared)}-{route}",
+        )
+        for (blocks, cut), shared, route in itertools.product(
+            ((1, False), (3, False), (3, True), (20, True), (NAMED, True)),
+            ((), ("head.*", "tokens")),
+            ("hidden", "all_matrices"),
+        )
     ]
 
 
@@ -95,7 +104,7 @@ def test_flatten_is_the_inverse_of_views(layout: Layout) -> None:
 
 def test_gradients_of_bound_parameters_land_flat() -> None:
     module, reference = tiny_model(), tiny_model(seed=1)
-    layout = Layout.of(module, tiny_roles(module), n_blocks=3)
+    layout = Layout.of(module, tiny_roles(module), blocks=7, cut_rows=True)
     row = layout.flatten(dict(reference.named_parameters()))
     gradient = torch.zeros_like(row)
     layout.bind(layout.parameters(module), row, gradient)
@@ -119,27 +128,96 @@ def test_frozen_parameters_are_left_out() -> None:
     assert {entry.name for entry in layout.entries} == {n for n, _ in module.named_parameters()} - {"4.weight"}
 
 
+def lengths(layout: Layout) -> list[int]:
+    return [layout.block(b).stop - layout.block(b).start for b in range(layout.n_blocks + 1)]
+
+
+def held(layout: Layout, name: str) -> list[int]:
+    """The blocks that hold a part of a tensor."""
+    entry = layout[name]
+    blocks = [layout.block(b) for b in range(layout.n_blocks + 1)]
+    return [b for b, block in enumerate(blocks) if entry.start < block.stop and block.start < entry.stop]
+
+
+def random_shapes(seed: int) -> dict[str, tuple[int, ...]]:
+    """Tensors of all dimensions, some of one shape, some far wider than others."""
+    rng = np.random.default_rng(seed)
+    kinds = [(4, 6), (6, 4), (1, 5, 7), (3, 2, 3, 3), (8,), (1,), (), (40, 9), (2, 50)]
+    return {f"p{i}": kinds[kind] for i, kind in enumerate(rng.integers(0, len(kinds), 14))}
+
+
+@every_layout
+def test_blocks_partition_the_vector(layout: Layout) -> None:
+    blocks = [layout.block(b) for b in range(layout.n_blocks + 1)]
+    assert blocks[0].start == 0
+    assert all(a.stop == b.start for a, b in itertools.pairwise(blocks))
+    assert blocks[-1].stop == layout.d
+    assert min(lengths(layout)[:-1]) > 0
+
+
+@pytest.mark.parametrize("cut_rows", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_any_number_of_blocks(seed: int, cut_rows: bool) -> None:
+    """Blocks are runs in module order, cut at rows; what is in one block whole is nowhere else, and slabs are views."""
+    shapes = random_shapes(seed)
+    roles = {name: Role("matrix" if len(shape) > 1 else "bias") for name, shape in shapes.items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    row = {name: sizes[name] // next((n for n in shape if n > 1), 1) for name, shape in shapes.items()}
+    most = sum(sizes[name] // row[name] for name in shapes) if cut_rows else len(shapes)
+    for n_blocks in {*range(1, 15), 40, most - 1, most}:
+        if n_blocks > most:
+            continue
+        layout = Layout(shapes, roles, blocks=n_blocks, cut_rows=cut_rows)
+        assert layout.n_blocks == n_blocks
+        assert len(layout.entries) == len(shapes)
+        found = lengths(layout)
+        assert sum(found) == layout.d == sum(sizes.values())
+        assert min(found[:-1]) > 0
+        assert found[-1] == 0
+        runs = [held(layout, name) for name in shapes]
+        assert all(run == list(range(run[0], run[-1] + 1)) for run in runs)
+        assert all(a[-1] <= b[0] for a, b in itertools.pairwise(runs))
+        borders = {layout.block(b).stop for b in range(n_blocks)}
+        for entry in layout.entries:
+            inside = {border - entry.start for border in borders if entry.start < border < entry.stop}
+            assert all(at % row[entry.name] == 0 for at in inside)
+            assert cut_rows or not inside
+        # Half a unit at every border, and what that shifts the rest by.
+        widest = max(row.values() if cut_rows else sizes.values())
+        share = layout.d / n_blocks
+        if widest < share:
+            slack = widest / 2 * sum(1 / b for b in range(1, n_blocks))
+            assert max(abs(length - share) for length in found[:-1]) <= slack + 1e-9
+        v = vector(layout)
+        views = layout.views(v)
+        assert torch.equal(layout.flatten(views), v)
+        for slab in layout.slabs:
+            batch = v[slab.start : slab.stop].view(slab.count, slab.rows, slab.cols)
+            names = [entry.name for entry in layout.entries if slab.start <= entry.start < slab.stop]
+            assert len(names) == slab.count
+            assert all(torch.equal(m.flatten(), views[name].flatten()) for m, name in zip(batch, names, strict=True))
+            # A matrix that is cut is alone; those of a block lie in it.
+            assert len(names) == 1 or len({tuple(held(layout, name)) for name in names}) == 1
+        # Same-shape matrices of a block are together.
+        whole = [(held(layout, e.name)[0], e.shape) for e in layout.entries if len(held(layout, e.name)) == 1]
+        matrices = {(b, shape) for b, shape in whole if len(shape) > 1}
+        cut = sum(len(held(layout, name)) > 1 for name, shape in shapes.items() if len(shape) > 1)
+        assert len(layout.slabs) == len(matrices) + cut
+
+
 @pytest.mark.parametrize("n_blocks", [1, 2, 3, 5, 12])
 @pytest.mark.parametrize("seed", range(8))
-def test_blocks_are_contiguous_and_balanced(seed: int, n_blocks: int) -> None:
+def test_whole_tensors_are_balanced(seed: int, n_blocks: int) -> None:
     rng = np.random.default_rng(seed)
     shapes = {f"p{i}": (int(n),) for i, n in enumerate(rng.integers(1, 200, 12))}
-    layout = Layout(shapes, {name: Role("other") for name in shapes}, n_blocks=n_blocks)
-    labels = [layout[name].block for name in shapes]
-    assert labels == sorted(labels)
-    assert set(labels) == set(range(n_blocks))
-    assert layout.block(n_blocks) == slice(layout.d, layout.d)
-    sizes = [sum(shapes[name][0] for name in shapes if layout[name].block == b) for b in range(n_blocks)]
-    assert [layout.block(b) for b in range(n_blocks)] == [
-        slice(sum(sizes[:b]), sum(sizes[: b + 1])) for b in range(n_blocks)
-    ]
+    layout = Layout(shapes, {name: Role("other") for name in shapes}, blocks=n_blocks)
     # No run of the same number of tensors is much better: the largest block exceeds the best by half a tensor.
-    lengths = [n for (n,) in shapes.values()]
+    sizes = [n for (n,) in shapes.values()]
     best = min(
-        max(sum(lengths[a:b]) for a, b in itertools.pairwise((0, *cuts, len(lengths))))
-        for cuts in itertools.combinations(range(1, len(lengths)), n_blocks - 1)
+        max(sum(sizes[a:b]) for a, b in itertools.pairwise((0, *cuts, len(sizes))))
+        for cuts in itertools.combinations(range(1, len(sizes)), n_blocks - 1)
     )
-    assert max(sizes) <= best + max(lengths) / 2
+    assert max(lengths(layout)) <= best + max(sizes) / 2
 
 
 @pytest.mark.parametrize(
@@ -150,19 +228,55 @@ def test_blocks_are_contiguous_and_balanced(seed: int, n_blocks: int) -> None:
         ([1, 1, 1, 100], 2, [0, 0, 0, 1]),
         ([1, 1, 100], 3, [0, 1, 2]),
         ([5, 5, 5, 5, 5, 5], 3, [0, 0, 1, 1, 2, 2]),
+        ([100, 1, 1, 1, 1, 1, 1], 3, [0, 1, 1, 1, 2, 2, 2]),
     ],
 )
 def test_blocks_of_clear_cases(sizes: list[int], n_blocks: int, expected: list[int]) -> None:
     shapes = {f"p{i}": (n,) for i, n in enumerate(sizes)}
-    layout = Layout(shapes, {name: Role("other") for name in shapes}, n_blocks=n_blocks)
-    assert [layout[name].block for name in shapes] == expected
+    layout = Layout(shapes, {name: Role("other") for name in shapes}, blocks=n_blocks)
+    assert [held(layout, name) for name in shapes] == [[b] for b in expected]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "n_blocks", "expected"),
+    [
+        ({"wide": (8, 10), "bias": (4,)}, 4, [20, 20, 20, 24]),
+        ({"bias": (4,), "wide": (8, 10)}, 4, [24, 20, 20, 20]),
+        ({"wide": (1, 3, 10), "other": (3, 10)}, 2, [30, 30]),
+        ({"wide": (2, 50), "a": (), "b": (2,)}, 5, [50, 50, 1, 1, 1]),
+        ({"a": (2,), "wide": (3, 100)}, 5, [1, 1, 100, 100, 100]),
+    ],
+)
+def test_rows_of_clear_cases(shapes: dict[str, tuple[int, ...]], n_blocks: int, expected: list[int]) -> None:
+    layout = Layout(shapes, {name: Role("other") for name in shapes}, blocks=n_blocks, cut_rows=True)
+    assert lengths(layout) == [*expected, 0]
+
+
+def test_a_cut_tensor_lies_across_the_border() -> None:
+    """a and the first rows of b; the rest of b, then d before c, which is no matrix; e fills blocks of its own."""
+    shapes = {"a": (3, 4), "b": (4, 4), "c": (6,), "d": (2, 4), "e": (20, 4)}
+    roles = {name: Role("bias" if name == "c" else "matrix") for name in shapes}
+    layout = Layout(shapes, roles, blocks=5, cut_rows=True)
+    assert [entry.name for entry in layout.entries] == ["a", "b", "d", "c", "e"]
+    assert [held(layout, name) for name in shapes] == [[0], [0, 1], [1], [1], [1, 2, 3, 4]]
+    assert lengths(layout) == [24, 26, 24, 24, 24, 0]
+
+
+def test_named_blocks_lie_in_the_order_given_and_the_first_match_wins() -> None:
+    layout = Layout(SHAPES, ROLES, blocks=(("*.bias", "c.*"), ("[ab].*",), ("*",)), shared=("head.*",), cut_rows=True)
+    members = [{name for name in SHAPES if held(layout, name) == [b]} for b in range(4)]
+    assert members[0] == {"a.bias", "c.weight"}
+    assert members[1] == {"a.weight", "b.weight"}
+    assert members[2] == set(SHAPES) - members[0] - members[1] - members[3]
+    assert members[3] == {"head.weight"}
+    assert lengths(layout) == [sum(SIZES[name] for name in names) for names in members]
 
 
 def test_the_shared_block_lies_last() -> None:
-    layout = Layout(SHAPES, ROLES, n_blocks=2, shared=("head.*", "*norm*"))
+    layout = Layout(SHAPES, ROLES, blocks=2, shared=("head.*", "*norm*"))
     shared = SIZES["head.weight"] + SIZES["norm.weight"]
     assert layout.block(2) == slice(layout.d - shared, layout.d)
-    assert {entry.name for entry in layout.entries if entry.block == 2} == {"head.weight", "norm.weight"}
+    assert {name for name in SHAPES if held(layout, name) == [2]} == {"head.weight", "norm.weight"}
 
 
 MATRICES = {"a.weight", "b.weight", "conv.weight", "c.weight", "tall.weight", "square.weight", "turned.weight"}
@@ -183,9 +297,9 @@ AS_MATRIX = {
 
 
 @pytest.mark.parametrize(("route", "names"), [("hidden", HIDDEN), ("all_matrices", HIDDEN | {"tokens", "head.weight"})])
-@pytest.mark.parametrize("n_blocks", [1, 3])
-def test_slabs_are_the_matrices(route: Any, names: set[str], n_blocks: int) -> None:
-    layout = Layout(SHAPES, ROLES, n_blocks=n_blocks, route=route)
+@pytest.mark.parametrize(("n_blocks", "cut_rows"), [(1, False), (3, False), (4, True), (30, True)])
+def test_slabs_are_the_matrices(route: Any, names: set[str], n_blocks: int, cut_rows: bool) -> None:
+    layout = Layout(SHAPES, ROLES, blocks=n_blocks, cut_rows=cut_rows, route=route)
     v = vector(layout)
     matrices = layout.matrices(v)
     found = []
@@ -294,9 +408,18 @@ def test_inferred_roles() -> None:
     [
         ({"b": Role("bias")}, {}, "parameters without a role: a"),
         (None, {"shared": ("head*",)}, r"shared block pattern 'head\*' matches no parameter of a, b"),
-        (None, {"n_blocks": 3}, "3 blocks asked for, but the model has 2 tensors"),
-        (None, {"n_blocks": 2, "shared": ("a",)}, "2 blocks asked for, but the model has 1 tensors"),
-        (None, {"n_blocks": 0}, "0 blocks asked for"),
+        (None, {"blocks": 3}, "3 blocks asked for, but the model has 2 tensors"),
+        (None, {"blocks": 2, "shared": ("a",)}, "2 blocks asked for, but the model has 1 tensors"),
+        (None, {"blocks": 7, "cut_rows": True}, "7 blocks asked for, but the model has 6 rows of tensors"),
+        (None, {"blocks": 4, "cut_rows": True, "shared": ("a",)}, "4 blocks asked for, but the model has 3 rows"),
+        (None, {"blocks": 0}, "0 blocks asked for"),
+        (None, {"blocks": 0, "cut_rows": True}, "0 blocks asked for"),
+        (None, {"blocks": ()}, "the list of blocks is empty; expected a number, or patterns of at least one block"),
+        (None, {"blocks": (("a",), ())}, r"block 1 is empty: earlier blocks leave nothing to \[\]"),
+        (None, {"blocks": (("*",), ("b",))}, r"block 1 is empty: earlier blocks leave nothing to \['b'\]"),
+        (None, {"blocks": (("b",),)}, "parameters in no block: a$"),
+        (None, {"blocks": (("a", "c*"), ("*",))}, r"block 0 pattern 'c\*' matches no parameter of a, b"),
+        (None, {"blocks": (("a",), ("b",)), "shared": ("b",)}, "block 1 pattern 'b' matches no parameter of a$"),
     ],
 )
 def test_bad_layouts(roles: dict[str, Role] | None, options: dict[str, Any], message: str) -> None:

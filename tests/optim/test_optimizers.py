@@ -124,7 +124,7 @@ def test_muon(options: dict[str, Any], n_blocks: int, monkeypatch: pytest.Monkey
     """Torch's Muon iterates in bfloat16, here kept in float64; large gradients make the ε of its norm irrelevant."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self)
     module = tiny_model()
-    lay = Layout.of(module, tiny_roles(module), n_blocks=n_blocks)
+    lay = Layout.of(module, tiny_roles(module), blocks=n_blocks)
     hidden = {"1.weight", "4.weight", "6.weight"}
     decay, momentum = options.get("weight_decay", 0.01), options.get("momentum", 0.95)
     g = gradients(lay.d, 1e8)

@@ -4,7 +4,7 @@ No flat vector, no engine, no optimizer of the package. Only what must coincide 
 and which blocks a round draws. A family has its loops and its cases in a module here.
 """
 
-from . import adaptive, averaging, baselines
+from . import adaptive, averaging, baselines, blocks, private, sam
 from .comparison import Case
 
-CASES: dict[str, Case] = averaging.CASES | adaptive.CASES | baselines.CASES
+CASES: dict[str, Case] = averaging.CASES | adaptive.CASES | baselines.CASES | blocks.CASES | private.CASES | sam.CASES

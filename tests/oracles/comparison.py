@@ -18,6 +18,7 @@ from fedkernels.federated.engine import Engine, EngineSettings
 from fedkernels.federated.objective import Objective
 from fedkernels.layout import Layout, Role, infer_roles
 from fedkernels.models import MODELS
+from fedkernels.privacy.mechanism import seeded_normal
 
 from .federation import Federation, Named
 
@@ -120,7 +121,14 @@ def both(
     chosen = EngineSettings(**({"rounds": 4, "cohort": 4, "work": work, "lr": 0.05, "evaluator": "loop"} | settings))
     objective = Objective(module, data, torch.device("cpu"))
     engine = Engine(algorithm, objective, uneven_partition(), chosen, roles=roles)
-    return engine, Federation(module, engine.batches, chosen, **facts)
+
+    def normal(r: int) -> Named:
+        assert chosen.privacy is not None
+        assert chosen.privacy.noise_seed is not None
+        z = seeded_normal(chosen.privacy.noise_seed, r, engine.layout.d)
+        return {n: t.clone() for n, t in engine.layout.views(torch.from_numpy(z)).items()}
+
+    return engine, Federation(module, engine.batches, chosen, **facts, normal=normal)
 
 
 def agree(engine: Engine, vector: Tensor, expected: Named | Tensor, what: str) -> None:

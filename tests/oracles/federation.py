@@ -29,6 +29,7 @@ class Federation:
         transposed: parameters stored as `(in, out)`.
         heads: query and key weights to their number of heads; a fused `(in, 3·dim)` weight holds both, then values.
         tokens: parameters `(1, tokens, dim)`.
+        normal: standard normal tensors of a round, the same ones that the engine adds.
     """
 
     module: nn.Module
@@ -38,6 +39,7 @@ class Federation:
     transposed: tuple[str, ...] = ()
     heads: Mapping[str, int] = field(default_factory=dict)
     tokens: tuple[str, ...] = ()
+    normal: Callable[[int], Named] | None = None
 
     def __post_init__(self) -> None:
         # The engine binds the module's parameters to its own memory.
@@ -86,6 +88,12 @@ class Federation:
         norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
         scale = self.settings.clip_norm / norm if norm > self.settings.clip_norm else 1.0
         return {n: g * scale for n, g in zip(leaves, grads, strict=True)}
+
+    def full_gradient(self, y: Named, client: int) -> Named:
+        """Over all samples of a client at once."""
+        own = torch.from_numpy(self.batches.partition[client])
+        inputs, targets = self.batches.objective.train_batch(own[None], None)
+        return self.gradient(y, (inputs[0], targets[0], torch.ones(len(own), dtype=torch.float64)))
 
     def mean(self, sent: Mapping[int, Named]) -> Named:
         """The cohort's mean, weighted as the settings say."""

@@ -91,7 +91,8 @@ class Aggregator:
                 total = full
             elif wire.reduce == "mean":
                 total = total / weight
-            agg[name] = total.to(self._like.dtype)
+            # Numbers for metrics may be differences of large sums, so they keep the precision of the sums.
+            agg[name] = total if wire.diagnostic else total.to(self._like.dtype)
         return Vectors(agg, what="the aggregate", read_only=True)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..contract import Batch, Round
 from ..layout import Layout
+from ..rng import Purpose, stream
 from .batches import Batches
 from .evaluators import Evaluator
 
@@ -29,6 +32,8 @@ class LocalTask:
         self.layout = layout
         self.round = r
         self.lr = r.lr
+        self._clients = clients
+        self._seed = batches.seed
         self._batches = batches.draw(clients, r.index)
         self._evaluator = evaluator
         self._g = g
@@ -54,3 +59,13 @@ class LocalTask:
             if self._g.is_cuda or bool((norms > self._clip_norm).any()):
                 self._g.mul_((self._clip_norm / norms).clamp_(max=1))
         return self._g
+
+    def sampled_grad(self, y: Tensor, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
+        shape = batch.targets.shape[1:]
+        draws = [stream(self._seed, Purpose.LABELS, self.round.index, i, k).random(shape) for i in self._clients]
+        quantiles = torch.from_numpy(np.stack(draws)).to(y.device, y.dtype)
+        g = torch.empty_like(self._g)  # the gradient proper is still in use
+        self._evaluator(y, replace(batch, targets=quantiles), g)
+        if batch.weights is None:
+            return g, torch.full_like(self.steps, shape.numel())
+        return g, batch.weights.sum(1, keepdim=True) * shape[1:].numel()

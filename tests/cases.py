@@ -15,13 +15,20 @@ from fedkernels.contract import Algorithm, Batch
 from fedkernels.federated.batches import LocalWork
 from fedkernels.federated.collectives import Collectives
 from fedkernels.federated.engine import Engine
+from fedkernels.optim import AdamW, Muon, Shampoo, Soap, Sophia
 
 Result = dict[str, Any]
 
 # The tiny model: 332 parameters, 256 of them in three hidden matrices, 36 in the head; its curvature blocks are 24 rows
 # of matrices, 4 of the head, 2 norms and 28 biases.
 D, D_MATRIX, D_HEAD, B = 332, 256, 36, 58
+# Its matrices are 8 x 16, 8 x 8 and 8 x 8: so many floats have their Kronecker factors.
+D_FACTORS = 5 * 8**2 + 16**2
 COHORT, ROUNDS, BLOCKS = 6, 3, 3
+# At this ε directions of little curvature, whose eigenvectors rounding turns, are stepped along as in any basis.
+SOAP = Soap(eps=0.05)
+# With this ρ some coordinates are clipped and some are not, none of those so steep that rounding shows.
+SOPHIA = Sophia(rho=1.0, hessian_every=2)
 WORK = LocalWork(8, local_steps=3, local_epochs=2)
 
 
@@ -33,6 +40,7 @@ class Case:
         up, down: floats of one client, on average over the cohort where clients send blocks.
         whole: floats of the wires that are not cut into blocks; None where that is all of `up`.
         kept: floats of state that stays with a client.
+        diagnostic: floats that ride along for metrics.
     """
 
     algorithm: str
@@ -41,6 +49,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     whole: int | None = None
     kept: int = 0
+    diagnostic: int = 0
 
     def build(self) -> Algorithm:
         return ALGORITHMS[self.algorithm](**self.options)
@@ -52,6 +61,9 @@ CASES = {
     "scaffold": Case("scaffold", 2 * D, 2 * D, kept=D),
     "local_adamw": Case("local_adamw", D, D),
     "local_muon": Case("local_muon", D, D),
+    "local_soap": Case("local_soap", D, D, {"local": SOAP}),
+    "local_sophia": Case("local_sophia", D, D, {"local": SOPHIA}),
+    "local_shampoo": Case("local_shampoo", D, D),
     "fedadamw": Case("fedadamw", D + B, 2 * D + B),
     "fedadamw-tensor": Case("fedadamw", D + 10, 2 * D + 10, {"second_moment": "tensor"}),
     "fedadamw-full": Case("fedadamw", 2 * D, 3 * D, {"second_moment": "full"}),
@@ -59,6 +71,12 @@ CASES = {
     "fedmuon": Case("fedmuon", D + D_MATRIX, 2 * D + D_MATRIX),
     "fedmuon-unshared": Case("fedmuon", D, 2 * D, {"share_momentum": False}),
     "fedbcgd": Case("fedbcgd", (D - D_HEAD) / BLOCKS + D_HEAD, D, {"blocks": BLOCKS}, whole=D_HEAD),
+    "fedpac": Case("fedpac", D + D_FACTORS, 2 * D + D_FACTORS, {"local": SOAP}, diagnostic=1),
+    "fedpac-sophia": Case("fedpac", 2 * D, 3 * D, {"local": SOPHIA}, diagnostic=1),
+    "fedpac-muon": Case("fedpac", D + D_MATRIX, 2 * D + D_MATRIX, {"local": Muon()}, diagnostic=1),
+    "fedpac-shampoo": Case("fedpac", D + D_FACTORS, 2 * D + D_FACTORS, {"local": Shampoo()}, diagnostic=1),
+    "fedpac-adamw": Case("fedpac", 2 * D, 3 * D, {"local": AdamW()}, diagnostic=1),
+    "fedpac-unaligned": Case("fedpac", D, 2 * D, {"local": SOAP, "align": False}, diagnostic=D_FACTORS + 1),
 }
 
 

@@ -5,8 +5,8 @@ from .fedadamw import FedAdamW
 from .fedavg import FedAvg
 from .fedbcgd import FedBcgd
 from .fedmuon import FedMuon
-from .local_adamw import LocalAdamW
-from .local_muon import LocalMuon
+from .fedpac import FedPac
+from .local_x import LocalAdamW, LocalMuon, LocalShampoo, LocalSoap, LocalSophia
 from .scaffold import Scaffold
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
@@ -14,7 +14,11 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "scaffold": Scaffold,
     "local_adamw": LocalAdamW,
     "local_muon": LocalMuon,
+    "local_soap": LocalSoap,
+    "local_sophia": LocalSophia,
+    "local_shampoo": LocalShampoo,
     "fedadamw": FedAdamW,
     "fedmuon": FedMuon,
     "fedbcgd": FedBcgd,
+    "fedpac": FedPac,
 }

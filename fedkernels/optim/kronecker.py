@@ -84,6 +84,6 @@ def eigenbasis(a: Tensor) -> Tensor:
     null = vectors * (values < NULL_SHARE)[..., None, :]
     projector = null @ null.mT
     places = torch.linspace(1 / a.shape[-1], 1, a.shape[-1], dtype=a.dtype, device=a.device)
-    # Subtracted, it makes the null space negative and leaves the other eigenvectors as they are.
-    _, vectors = eigh(a - projector * places @ projector)
+    # On the null space this is −diag(1/n, …, 1), elsewhere A: the eigenvectors of the rest stay, and stay first.
+    _, vectors = eigh(a - projector @ (a + places.diag()) @ projector)
     return vectors.flip(-1)

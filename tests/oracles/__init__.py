@@ -4,7 +4,7 @@ No flat vector, no engine, no optimizer of the package. Only what must coincide 
 and which blocks a round draws. A family has its loops and its cases in a module here.
 """
 
-from . import adaptive, averaging
+from . import adaptive, averaging, fedpac
 from .comparison import Case
 
-CASES: dict[str, Case] = averaging.CASES | adaptive.CASES
+CASES: dict[str, Case] = averaging.CASES | adaptive.CASES | fedpac.CASES

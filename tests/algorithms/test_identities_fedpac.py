@@ -113,9 +113,11 @@ def test_drift_is_the_spread_of_the_clients_preconditioners(
         assert relative > 1e-3
 
 
-def test_alike_clients_have_no_drift() -> None:
-    row = tiny_engine(FedPac(), cohort=1).run_round()
-    assert 0 <= row["preconditioner_drift_relative"] < 1e-12
+def test_a_client_alone_has_no_drift() -> None:
+    """Not even the rounding of float32, in which the vectors are."""
+    engine = tiny_engine(FedPac(), cohort=1, dtype=torch.float32)
+    drifts = [engine.run_round()["preconditioner_drift_relative"] for _ in range(4)]
+    assert max(drifts) < 1e-12
 
 
 @pytest.mark.parametrize("optimizer", [Muon(), Soap(), Shampoo()], ids=["Muon", "SOAP", "Shampoo"])

@@ -152,7 +152,8 @@ def both(*judges: Callable[[Outcomes], list[Finding]]) -> Callable[[Outcomes], l
 
 
 # Local optimizer to the configurations of FedPAC and of Local X.
-PRECONDITIONED = {x: (f"fedpac_{x}", f"local_{x}") for x in ("soap", "sophia", "muon", "shampoo", "adamw")}
+PRECONDITIONED = {"soap": ("fedpac", "local_soap")}
+PRECONDITIONED |= {x: (f"fedpac_{x}", f"local_{x}") for x in ("sophia", "muon", "shampoo", "adamw")}
 
 CLAIMS = (
     Claim(

@@ -37,7 +37,7 @@ TUNING_SEED = 1000
 GRIDS = {"sgd": (0.01, 0.03, 0.1, 0.3, 1.0), "unit": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
 CLIPS = (0.1, 0.3, 1.0)
 RADIUS = 0.05  # of the ball in which sharpness is taken
-UNIT_SIZED = ("adamw", "muon", "soap", "sophia", "shampoo", "fedlada")
+UNIT_SIZED = ("adamw", "muon", "soap", "sophia", "shampoo", "fedpac", "fedlada")
 
 
 def grid(name: str) -> list[Overrides]:

@@ -281,8 +281,9 @@ def _make(cls: Any, tree: Mapping[Any, Any], where: str) -> Any:
     for name, field in fields.items():
         if name in tree:
             value, table = tree[name], CHOICES.get(hints[name])
-            if table and isinstance(value, dict) and field.default is not dataclasses.MISSING:
-                value = {"name": _name_of(field.default, table), **value}
+            if table and isinstance(value, dict) and "name" not in value and field.default is not dataclasses.MISSING:
+                # The default's own keys too: it may differ from what its name alone stands for.
+                value = {"name": _name_of(field.default, table), **resolved(field.default), **value}
             values[name] = _value(hints[name], value, f"{where}{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}{name}: missing; expected {_type_text(hints[name])}")

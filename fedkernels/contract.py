@@ -7,13 +7,14 @@ Everything else (sampling, placement, batching, collectives, byte counts, checkp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
-from .layout import Layout, Role
+from .layout import Layout, Role, Route
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ class Batch:
 
     Args:
         inputs: `[C, b, ...]`.
-        targets: `[C, b]` or `[C, b, length]`, int64.
+        targets: `[C, b]` or `[C, b, length]`: int64 labels, or floats in [0, 1), the quantiles at which labels are
+            drawn from the model's own softmax.
         weights: `[C, b]`, 1 for a sample and 0 for padding; None where nothing is padded.
         active: `[C]` bool on the host, False for clients that have no step left; None where all have.
     """
@@ -183,15 +185,30 @@ class Task(Protocol):
         """`[C, d]` bool, the coordinates that each client sends on `only_block` wires: its block and the shared one."""
         ...
 
+    def sampled_grad(self, y: Tensor, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
+        """Gradients `[C, d]` on the same inputs with labels drawn from the model's own softmax, neither clipped nor
+        counted in the training loss, and how many labels `[C, 1]` the loss of each client averages.
+
+        Args:
+            k: the local step, from 1; the draw depends on it, the round and the client alone.
+        """
+        ...
+
 
 class LocalOptimizer(Protocol):
     """A transform from gradients to update directions, with per-client state.
 
     Attributes:
         shared: names of the state that a preconditioner-aligning algorithm averages.
+        counters: names of the state that counts the steps which shared state has seen before this round, `[C, 1]`.
+        route: which parameters are its matrices; an optimizer without matrices has the default.
     """
 
     shared: ClassVar[tuple[str, ...]]
+    counters: ClassVar[tuple[str, ...]]
+
+    @property
+    def route(self) -> Route: ...
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
         """Fresh state for clients at `y [C, d]`; every tensor has the leading client axis."""
@@ -213,12 +230,45 @@ class LocalOptimizer(Protocol):
         ...
 
 
+@runtime_checkable
+class SamplesCurvature(Protocol):
+    """What a local optimizer has besides `LocalOptimizer` if it estimates curvature from sampled labels."""
+
+    def curvature_due(self, k: int) -> bool:
+        """Whether local step `k` (from 1) starts with an estimate."""
+        ...
+
+    def observe(self, state: dict[str, Tensor], g_hat: Tensor, labels: Tensor) -> None:
+        """Fold `Task.sampled_grad` at the current parameters into `state`, in place."""
+        ...
+
+
+def layout_for(
+    local: LocalOptimizer,
+    module: nn.Module,
+    roles: Mapping[str, Role] | None = None,
+    *,
+    blocks: int | Sequence[Sequence[str]] = 1,
+    cut_rows: bool = False,
+    shared: Iterable[str] = (),
+) -> Layout:
+    """The flat layout with the matrices that a local optimizer wants; blocks are as in `Layout`.
+
+    Raises:
+        ValueError: a matrix optimizer and a model without matrices, or blocks that the model does not have.
+    """
+    layout = Layout.of(module, roles, blocks=blocks, cut_rows=cut_rows, shared=shared, route=local.route)
+    local.init(torch.empty(1, layout.d, device="meta"), layout)
+    return layout
+
+
 class Algorithm(ABC):
     """Declared wires and three pure functions; `fedkernels.algorithms` has one a file.
 
     Attributes:
         down: the server vectors a client receives.
         keep: vectors `[d]` that stay with each client between rounds, by name; they start at zero.
+        local: the clients' optimizer, where the algorithm leaves a choice.
     """
 
     @property
@@ -229,13 +279,17 @@ class Algorithm(ABC):
     def keep(self) -> tuple[str, ...]:
         return ()
 
+    @property
+    def local(self) -> LocalOptimizer | None:
+        return None
+
     def layout(self, module: nn.Module, roles: Mapping[str, Role] | None = None) -> Layout:
         """The flat layout this algorithm wants: how many blocks, what is shared, which parameters are matrices.
 
         Raises:
             ValueError: a model that this algorithm cannot train.
         """
-        return Layout.of(module, roles)
+        return Layout.of(module, roles) if self.local is None else layout_for(self.local, module, roles)
 
     @abstractmethod
     def up(self, layout: Layout) -> dict[str, Wire]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 Kind = Literal["matrix", "embedding", "head", "norm", "bias", "other"]
+Route = Literal["hidden", "all_matrices"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Slab:
     cols: int
     scale: float
 
+    def view(self, vector: Tensor) -> Tensor:
+        """The matrices `[..., count, rows, cols]` of a flat vector `[..., d]`, without a copy."""
+        return vector[..., self.start : self.stop].unflatten(-1, (self.count, self.rows, self.cols))
+
 
 class Layout:
     """Maps parameter names to slices, blocks and matrix slabs of a flat vector.
@@ -98,7 +103,7 @@ class Layout:
         blocks: int | Sequence[Sequence[str]] = 1,
         cut_rows: bool = False,
         shared: Iterable[str] = (),
-        route: Literal["hidden", "all_matrices"] = "hidden",
+        route: Route = "hidden",
     ) -> None:
         if missing := [name for name in shapes if name not in roles]:
             raise ValueError(f"parameters without a role: {', '.join(missing)}")
@@ -155,7 +160,7 @@ class Layout:
         blocks: int | Sequence[Sequence[str]] = 1,
         cut_rows: bool = False,
         shared: Iterable[str] = (),
-        route: Literal["hidden", "all_matrices"] = "hidden",
+        route: Route = "hidden",
     ) -> Layout:
         """The layout of a module's trainable parameters; roles are read off the module types where none are given."""
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}

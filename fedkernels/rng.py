@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     COHORT = 3
     BATCHES = 4
     BLOCKS = 5
+    LABELS = 6
     DIAGNOSTICS = 0xD1A6
     NOISE = 0x1015E
 

@@ -16,6 +16,7 @@ from fedkernels.federated.batches import LocalWork
 from fedkernels.federated.collectives import Collectives
 from fedkernels.federated.engine import Engine
 from fedkernels.federated.schedule import sample_cohort
+from fedkernels.optim import AdamW, Muon, Shampoo, Soap, Sophia
 from fedkernels.privacy.mechanism import Privacy
 
 Result = dict[str, Any]
@@ -23,8 +24,14 @@ Result = dict[str, Any]
 # The tiny model: 332 parameters, 256 of them in three hidden matrices, 36 in the head; its curvature blocks are 24 rows
 # of matrices, 4 of the head, 2 norms and 28 biases.
 D, D_MATRIX, D_HEAD, B = 332, 256, 36, 58
+# Its matrices are 8 x 16, 8 x 8 and 8 x 8: so many floats have their Kronecker factors.
+D_FACTORS = 5 * 8**2 + 16**2
 COHORT, ROUNDS, BLOCKS = 6, 3, 3
 BLOCK = (D - D_HEAD) / BLOCKS  # on average, beside the shared head
+# At this ε directions of little curvature, whose eigenvectors rounding turns, are stepped along as in any basis.
+SOAP = Soap(eps=0.05)
+# With this ρ some coordinates are clipped and some are not, none of those so steep that rounding shows.
+SOPHIA = Sophia(rho=1.0, hessian_every=2)
 WORK = LocalWork(8, local_steps=3, local_epochs=2)
 
 
@@ -37,6 +44,7 @@ class Case:
         whole: floats of the wires that are not cut into blocks; None where that is all of `up`.
         kept: floats of state that stays with a client.
         settings: of the engine, which the algorithm cannot do without.
+        diagnostic: floats that ride along for metrics.
     """
 
     algorithm: str
@@ -45,6 +53,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     whole: int | None = None
     kept: int = 0
+    diagnostic: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -77,6 +86,9 @@ CASES = {
     "scaffold": Case("scaffold", 2 * D, 2 * D, kept=D),
     "local_adamw": Case("local_adamw", D, D),
     "local_muon": Case("local_muon", D, D),
+    "local_soap": Case("local_soap", D, D, {"local": SOAP}),
+    "local_sophia": Case("local_sophia", D, D, {"local": SOPHIA}),
+    "local_shampoo": Case("local_shampoo", D, D),
     "fedadamw": Case("fedadamw", D + B, 2 * D + B),
     "fedadamw-tensor": Case("fedadamw", D + 10, 2 * D + 10, {"second_moment": "tensor"}),
     "fedadamw-full": Case("fedadamw", 2 * D, 3 * D, {"second_moment": "full"}),
@@ -111,6 +123,12 @@ CASES = {
     "dp_fedpgn-all": Case(
         "dp_fedpgn", D, 2 * D, {"variant": "penalty", "laplacian": 1.0, "sparsify": 0.3}, settings=PRIVATE
     ),
+    "fedpac": Case("fedpac", D + D_FACTORS, 2 * D + D_FACTORS, {"local": SOAP}, diagnostic=1),
+    "fedpac-sophia": Case("fedpac", 2 * D, 3 * D, {"local": SOPHIA}, diagnostic=1),
+    "fedpac-muon": Case("fedpac", D + D_MATRIX, 2 * D + D_MATRIX, {"local": Muon()}, diagnostic=1),
+    "fedpac-shampoo": Case("fedpac", D + D_FACTORS, 2 * D + D_FACTORS, {"local": Shampoo()}, diagnostic=1),
+    "fedpac-adamw": Case("fedpac", 2 * D, 3 * D, {"local": AdamW()}, diagnostic=1),
+    "fedpac-unaligned": Case("fedpac", D, 2 * D, {"local": SOAP, "align": False}, diagnostic=D_FACTORS + 1),
 }
 
 

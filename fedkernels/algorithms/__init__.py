@@ -18,10 +18,10 @@ from .fedlesam import FedLesam
 from .fedmuon import FedMuon
 from .fednsam import FedNsam
 from .fedopt import FedAdagrad, FedAdam, FedYogi
+from .fedpac import FedPac
 from .fedsam import FedSam, MoFedSam
 from .fedsmoo import FedSmoo
-from .local_adamw import LocalAdamW
-from .local_muon import LocalMuon
+from .local_x import LocalAdamW, LocalMuon, LocalShampoo, LocalSoap, LocalSophia
 from .scaffold import Scaffold
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
@@ -38,6 +38,9 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "scaffold": Scaffold,
     "local_adamw": LocalAdamW,
     "local_muon": LocalMuon,
+    "local_soap": LocalSoap,
+    "local_sophia": LocalSophia,
+    "local_shampoo": LocalShampoo,
     "fedadamw": FedAdamW,
     "fedmuon": FedMuon,
     "fedbcgd": FedBcgd,
@@ -52,4 +55,5 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "dp_fedsam": DpFedSam,
     "dp_fedadamw": DpFedAdamW,
     "dp_fedpgn": DpFedPgn,
+    "fedpac": FedPac,
 }

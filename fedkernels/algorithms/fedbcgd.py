@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..contract import Algorithm, LocalOptimizer, Round, Task, Vectors, Wire
+from ..contract import Algorithm, LocalOptimizer, Round, Task, Vectors, Wire, layout_for
 from ..federated.local import run_local
 from ..layout import Layout, Role, infer_roles
 from ..optim import Sgd
@@ -53,7 +53,7 @@ class FedBcgd(Algorithm):
         if shared is None:
             heads = [name.rpartition(".")[0] for name, role in roles.items() if role.kind == "head"]
             shared = tuple(f"{head}.*" for head in heads)
-        return Layout.of(module, roles, blocks=self.blocks, cut_rows=self.cut_rows, shared=shared)
+        return layout_for(self.local, module, roles, blocks=self.blocks, cut_rows=self.cut_rows, shared=shared)
 
     def up(self, layout: Layout) -> dict[str, Wire]:
         return {"delta": Wire(only_block=True)}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..contract import Algorithm, Round, Task, Vectors, Wire
 from ..federated.local import run_local
-from ..layout import Layout
+from ..layout import Layout, Route
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class AmsGrad:
     beta2: float
 
     shared: ClassVar[tuple[str, ...]] = ("v", "v_hat")
+    counters: ClassVar[tuple[str, ...]] = ()
+    route: ClassVar[Route] = "hidden"
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
         return {name: torch.zeros_like(y) for name in ("m", "v", "v_hat")}

@@ -140,7 +140,8 @@ class Aggregator:
                 for b, block in enumerate(self._blocks):
                     part = self._block_sum(name, b)
                     total[block] = part / block_weights[b] if mean else part
-            agg[name] = total.to(self._like.dtype)
+            # Numbers for metrics may be differences of large sums, so they keep the precision of the sums.
+            agg[name] = total if wire.diagnostic else total.to(self._like.dtype)
         return Vectors(agg, what="the aggregate", read_only=True)
 
     def diagnostics(self, clients: int) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..contract import Batch, LocalOptimizer, Task
+from ..contract import Batch, LocalOptimizer, SamplesCurvature, Task
 
 
 def run_local(
@@ -44,6 +44,8 @@ def run_local(
     for k, batch in enumerate(task.batches(), start=1):
         g = gradient(y, batch)
         before = None if batch.active is None else {name: value.clone() for name, value in own.items()}
+        if isinstance(optimizer, SamplesCurvature) and optimizer.curvature_due(k):
+            optimizer.observe(own, *task.sampled_grad(y, batch, k))
         p = optimizer.step(own, g, y, k, task.layout)
         if direction is not None:
             p = direction(p)

@@ -85,10 +85,13 @@ class Objective:
 
         Args:
             forward: inputs `[b, ...]` to logits.
+            targets: `[b, ...]` labels, or the quantiles at which to draw them from the softmax of the logits.
             weights: `[b]`, 1 or 0.
         """
         with self.autocast():
             logits = forward(inputs)
+        if targets.is_floating_point():
+            targets = sample_labels(logits.detach().to(self.dtype), targets)
         if weights is None:
             return F.cross_entropy(logits.flatten(0, -2).to(self.dtype), targets.flatten())
         return (self._per_sample(logits, targets) * weights).sum() / weights.sum()
@@ -110,6 +113,20 @@ class Objective:
         if self.precision == "bf16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
+
+
+def sample_labels(logits: Tensor, quantiles: Tensor) -> Tensor:
+    """Labels from the softmax of `logits [..., classes]`: the class at which its cumulative sum exceeds the quantile.
+
+    Args:
+        quantiles: `[...]` in [0, 1); uniform ones make class c as likely as the softmax does.
+
+    Example:
+        >>> sample_labels(torch.tensor([1.0, 3.0]).log().expand(3, 2), torch.tensor([0.0, 0.2, 0.3])).tolist()
+        [0, 0, 1]
+    """
+    below = logits.softmax(-1).cumsum(-1) <= quantiles[..., None]
+    return below.sum(-1).clamp(max=logits.shape[-1] - 1)  # the sum may round to less than the quantile
 
 
 def draw_crops(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

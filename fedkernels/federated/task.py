@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..contract import Batch, Round
 from ..layout import Layout
+from ..rng import Purpose, stream
 from .batches import Batches
 from .evaluators import Evaluator
 
@@ -87,3 +90,15 @@ class LocalTask:
 
     def trained(self, y: Tensor) -> None:
         """Nothing: what a round needs of `y` is in what the client sends. Diagnostics look at it here."""
+
+    def sampled_grad(self, y: Tensor, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
+        shape = batch.targets.shape[1:]
+        draws = [
+            stream(self._sources.seed, Purpose.LABELS, self.round.index, i, k).random(shape) for i in self._clients
+        ]
+        quantiles = torch.from_numpy(np.stack(draws)).to(y.device, y.dtype)
+        g = torch.empty_like(self._g)  # the gradient proper is still in use
+        self._evaluator(y, replace(batch, targets=quantiles), g)
+        if batch.weights is None:
+            return g, torch.full_like(self.steps, shape.numel())
+        return g, batch.weights.sum(1, keepdim=True) * shape[1:].numel()

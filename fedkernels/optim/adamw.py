@@ -9,7 +9,32 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..layout import Layout
+from ..layout import Layout, Route
+
+
+def adam_step(
+    m: Tensor, v: Tensor, g: Tensor, *, beta1: float, beta2: float, eps: float, k: int | Tensor, seen: Tensor | int = 0
+) -> Tensor:
+    """One step of Adam without weight decay; updates `m` and `v` in place.
+
+    `m ← β₁m + (1−β₁)g`, `v ← β₂v + (1−β₂)g²`, the result `m̂/(√v̂ + ε)` with `m̂ = m/(1−β₁^k)` and
+    `v̂ = v/(1−β₂^(seen+k))`.
+
+    Args:
+        m, v, g: `[C, n]`.
+        k: steps of `m` with this one, a number or `[C, 1]` float64.
+        seen: steps that `v` had already seen when `m` was zero, a number or `[C, 1]` float64.
+    """
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    denominator = (v / _bias(beta2, seen + k, v)).sqrt_().add_(eps)
+    return (m / _bias(beta1, k, m)).div_(denominator)
+
+
+def _bias(beta: float, steps: float | Tensor, like: Tensor) -> float | Tensor:
+    # Counts are float64: 1 − β^k loses four digits in float32 at small k.
+    bias = 1 - beta**steps
+    return bias.to(like.dtype) if isinstance(bias, Tensor) else bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +59,14 @@ class AdamW:
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
 
     shared: ClassVar[tuple[str, ...]] = ("v",)
+    counters: ClassVar[tuple[str, ...]] = ("v_steps",)
+    route: ClassVar[Route] = "hidden"
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
-        # The count is float64: 1 − β₂^k loses four digits in float32 at small k.
         steps = torch.zeros(y.shape[0], 1, dtype=torch.float64, device=y.device)
         return {"m": torch.zeros_like(y), "v": torch.zeros_like(y), "v_steps": steps}
 
     def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout) -> Tensor:
-        m = state["m"].lerp_(g, 1 - self.beta1)
-        v = state["v"].mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
-        correction = (1 - self.beta2 ** (state["v_steps"] + k)).to(y.dtype)
-        denominator = (v / correction).sqrt_().add_(self.eps)
-        return (m / (1 - self.beta1**k)).div_(denominator).add_(y, alpha=self.weight_decay)
+        betas = {"beta1": self.beta1, "beta2": self.beta2}
+        p = adam_step(state["m"], state["v"], g, **betas, eps=self.eps, k=k, seen=state["v_steps"])
+        return p.add_(y, alpha=self.weight_decay)

@@ -10,18 +10,18 @@ from pydantic import Field
 from torch import Tensor
 
 from ..kernels.newton_schulz import newton_schulz
-from ..layout import Layout
+from ..layout import Layout, Route
 from .adamw import AdamW
 
 
-def require_matrices(layout: Layout) -> Layout:
-    """The layout, if there is something in it for Muon to train.
+def require_matrices(layout: Layout, optimizer: str = "Muon") -> Layout:
+    """The layout, if there is something in it for a matrix optimizer to train.
 
     Raises:
         ValueError: it has no matrix.
     """
     if not layout.slabs:
-        raise ValueError("Muon needs hidden weight matrices, and this model has none; use adamw or sgd")
+        raise ValueError(f"{optimizer} needs hidden weight matrices, and this model has none; use adamw or sgd")
     return layout
 
 
@@ -36,6 +36,7 @@ class Muon:
         weight_decay: λ, decoupled, of all parameters.
         lr_multiplier: ηₘ, the learning rate of the matrices relative to that of the other parameters.
         ns_steps: steps of Newton–Schulz.
+        route: `hidden` gives Muon the hidden weight matrices, `all_matrices` every tensor of two or more dimensions.
         adamw_beta1: β₁ of the AdamW that trains embeddings, norms, biases and the output head.
         adamw_beta2: its β₂.
         adamw_eps: its ε.
@@ -50,11 +51,13 @@ class Muon:
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     lr_multiplier: Annotated[float, Field(gt=0)] = 1.0
     ns_steps: Annotated[int, Field(ge=1)] = 5
+    route: Route = "hidden"
     adamw_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adamw_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     adamw_eps: Annotated[float, Field(gt=0)] = 1e-10
 
     shared: ClassVar[tuple[str, ...]] = ("M",)
+    counters: ClassVar[tuple[str, ...]] = ()
 
     def _adamw(self) -> AdamW:
         return AdamW(beta1=self.adamw_beta1, beta2=self.adamw_beta2, eps=self.adamw_eps, weight_decay=self.weight_decay)

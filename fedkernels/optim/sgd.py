@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..layout import Layout
+from ..layout import Layout, Route
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,8 @@ class Sgd:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
     shared: ClassVar[tuple[str, ...]] = ()
+    counters: ClassVar[tuple[str, ...]] = ()
+    route: ClassVar[Route] = "hidden"
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
         return {"m": torch.zeros_like(y)} if self.momentum else {}

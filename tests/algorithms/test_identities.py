@@ -61,11 +61,13 @@ PAIRS: dict[str, tuple[Algorithm, Algorithm, dict[str, Any]]] = {
         FedAvg(prox_mu=5.0), FedAvg(), {"lr": 0.5, "work": LocalWork(8, local_steps=1)}
     ),
     "fedavgm without momentum is fedavg": (FedAvg(server_momentum=SMALLEST), FedAvg(), {"lr": 0.5}),
-    "fedavg of adamw is local adamw": (FedAvg(local=AdamW(eps=1e-5)), LocalAdamW(eps=1e-5), {}),
+    "fedavg of adamw is local adamw": (FedAvg(local=AdamW(eps=1e-5)), LocalAdamW(local=AdamW(eps=1e-5)), {}),
     "fedavg of muon is local muon": (FedAvg(local=Muon(momentum=0.98)), LocalMuon(), {}),
     "fedadamw without G and v is local adamw": (FedAdamW(alpha=0.0, second_moment="none"), LocalAdamW(), {}),
     "fedmuon without G and M is local muon": (
-        FedMuon(alpha=0.0, share_momentum=False, lr_multiplier=0.5), LocalMuon(lr_multiplier=0.5), {}
+        FedMuon(alpha=0.0, share_momentum=False, lr_multiplier=0.5),
+        LocalMuon(local=Muon(momentum=0.98, lr_multiplier=0.5)),
+        {},
     ),
     "fedbcgd of one block is fedavgm": (FedBcgd(blocks=1), FedAvg(server_momentum=0.45), {"lr": 0.5}),
     "fedbcgd of one block without momentum is fedavg": (FedBcgd(blocks=1, momentum=0.0), FedAvg(), {"lr": 0.5}),
@@ -157,7 +159,7 @@ def test_fedavgm_with_one_step_of_everyone_is_heavy_ball() -> None:
 
 
 def test_local_adamw_of_one_client_in_one_round_is_adamw() -> None:
-    found = trained(LocalAdamW(weight_decay=0.2), 1, lr=0.02, work=LocalWork(40, local_steps=9), **ALONE)
+    found = trained(LocalAdamW(local=AdamW(weight_decay=0.2)), 1, lr=0.02, work=LocalWork(40, local_steps=9), **ALONE)
     assert_same(found, centralised(lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.2), 9, 1, batch=40), 1e-10)
 
 

@@ -31,7 +31,8 @@ def test_the_federation_is_uneven() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_oracle(name: str, model: Callable[[], Built]) -> None:
     case = CASES[name]
-    every_matrix = getattr(case.algorithm, "route", "hidden") == "all_matrices"
+    optimizer = case.algorithm.local or case.algorithm
+    every_matrix = getattr(optimizer, "route", "hidden") == "all_matrices"
     engine, f = both(case.algorithm, model, case.settings, every_matrix=every_matrix)
     check(engine, case.oracle(f, 3), expand=case.expand, unseen=case.unseen)
 

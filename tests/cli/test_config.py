@@ -12,12 +12,12 @@ import pytest
 import yaml
 from cli.small_runs import CONFIG
 
-from fedkernels.algorithms import FedAvg, FedBcgd
+from fedkernels.algorithms import FedAvg, FedBcgd, LocalMuon
 from fedkernels.algorithms.fedmuon import FedMuon
 from fedkernels.config import CHOICES, Config, ConfigError, describe, load, parse_overrides, resolved
 from fedkernels.data import PARTITIONS
 from fedkernels.models.vision import Mlp
-from fedkernels.optim import AdamW, Sgd
+from fedkernels.optim import AdamW, Muon, Sgd
 from fedkernels.privacy.mechanism import Privacy
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +142,14 @@ FRACTION, ALPHA = "float > 0 and < 1", "float > 0 and < inf"
         ("algorithm.local", "muon", "adamw_beta1", 1, SHARE),
         ("algorithm.local", "muon", "adamw_beta2", 1, SHARE),
         ("algorithm.local", "muon", "adamw_eps", 0, POSITIVE),
+        *(("algorithm.local", "soap", n, 1, SHARE) for n in ("beta1", "beta2", "shampoo_beta")),
+        ("algorithm.local", "soap", "refresh_every", 0, "int >= 1"),
+        ("algorithm.local", "soap", "route", "none", "hidden | all_matrices"),
+        ("algorithm.local", "sophia", "rho", 0, POSITIVE),
+        ("algorithm.local", "sophia", "hessian_every", 0, "int >= 1"),
+        ("algorithm.local", "shampoo", "root", 3, "2 | 4"),
+        ("algorithm.local", "shampoo", "eps", 0, POSITIVE),
+        ("algorithm", "fedpac", "beta", 1.5, "float >= 0 and <= 1"),
         ("data", "digits", "test_fraction", 0, FRACTION),
         ("data", "digits", "test_fraction", 1, FRACTION),
         *(("data", "synthetic", n, 0, "int >= 1") for n in ("classes", "samples", "test_samples", "channels", "size")),
@@ -279,6 +287,13 @@ def test_both_forms_of_an_override_say_the_same(key: str, text: str, value: obje
 def test_keys_below_a_choice_mean_its_default_where_no_name_is_given() -> None:
     config = accept(**{"algorithm": "fedavg", "algorithm.local.momentum": 0.5})
     assert config.algorithm == FedAvg(local=Sgd(momentum=0.5))
+
+
+def test_keys_below_a_default_keep_its_other_keys() -> None:
+    config = accept(**{"algorithm": "local_muon", "algorithm.local.lr_multiplier": 10})
+    assert config.algorithm == LocalMuon(local=Muon(momentum=0.98, lr_multiplier=10.0))
+    config = accept(algorithm={"name": "local_muon", "local": {"name": "muon", "lr_multiplier": 10}})
+    assert config.algorithm == LocalMuon(local=Muon(lr_multiplier=10.0))
 
 
 @pytest.mark.parametrize("name", ["7", "2026-01-01"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedkernels.contract import LocalOptimizer
 from fedkernels.layout import Layout, Role
-from fedkernels.optim import OPTIMIZERS, AdamW, Muon, Sgd
+from fedkernels.optim import OPTIMIZERS, AdamW, Muon, Sgd, Shampoo, Soap, Sophia
 
 CLIENTS, STEPS, LR = 3, 6, 0.03
 
@@ -61,12 +61,16 @@ def by_torch(make: Callable[[dict[str, nn.Parameter]], list[torch.optim.Optimize
 
 
 def test_the_table_names_every_optimizer() -> None:
-    assert {"sgd": Sgd, "adamw": AdamW, "muon": Muon} == OPTIMIZERS
+    named = {"sgd": Sgd, "adamw": AdamW, "muon": Muon, "soap": Soap, "sophia": Sophia, "shampoo": Shampoo}
+    assert named == OPTIMIZERS
 
 
 @pytest.mark.parametrize(
     "optimizer",
-    [Sgd(), Sgd(weight_decay=0.1), Sgd(momentum=0.9), AdamW(), AdamW(beta1=0.0, beta2=0.0), Muon(), Muon(momentum=0.0)],
+    [
+        *(Sgd(), Sgd(weight_decay=0.1), Sgd(momentum=0.9), AdamW(), AdamW(beta1=0.0, beta2=0.0)),
+        *(Muon(), Muon(momentum=0.0), Soap(), Soap(refresh_every=2), Sophia(), Shampoo(refresh_every=2)),
+    ],
     ids=repr,
 )
 def test_a_direction_may_be_overwritten(optimizer: LocalOptimizer) -> None:

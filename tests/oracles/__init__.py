@@ -4,7 +4,8 @@ No flat vector, no engine, no optimizer of the package. Only what must coincide 
 and which blocks a round draws. A family has its loops and its cases in a module here.
 """
 
-from . import adaptive, averaging, baselines, blocks, private, sam
+from . import adaptive, averaging, baselines, blocks, fedpac, private, sam
 from .comparison import Case
 
-CASES: dict[str, Case] = averaging.CASES | adaptive.CASES | baselines.CASES | blocks.CASES | private.CASES | sam.CASES
+FAMILIES = (averaging, adaptive, baselines, blocks, fedpac, private, sam)
+CASES: dict[str, Case] = {name: case for family in FAMILIES for name, case in family.CASES.items()}

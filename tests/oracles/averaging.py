@@ -11,7 +11,7 @@ from fedkernels.optim import AdamW, Muon, Sgd
 
 from .comparison import Case
 from .federation import Direction, Federation, Named, minus
-from .optimizers import ADAMW_OPTIONS, MUON_OPTIONS, ORACLE_ADAMW_OPTIONS, ORACLE_MUON_OPTIONS, adamw, muon, sgd
+from .optimizers import ADAMW_OPTIONS, ORACLE_ADAMW_OPTIONS, ORACLE_MUON_OPTIONS, adamw, muon, sgd
 
 
 def fedavg(
@@ -91,8 +91,11 @@ CASES: dict[str, Case] = {
     "scaffold-poisson": Case(Scaffold(), scaffold, {"lr": 0.3, "sampling": "poisson"}),
     "scaffold-sgd": Case(Scaffold(local=SGD), partial(scaffold, local=ORACLE_SGD), {"lr": 0.05}),
     "local_adamw": Case(LocalAdamW(), local_adamw),
-    "local_adamw-options": Case(LocalAdamW(**ADAMW_OPTIONS), partial(local_adamw, **ORACLE_ADAMW_OPTIONS)),
+    "local_adamw-options": Case(LocalAdamW(local=AdamW(**ADAMW_OPTIONS)), partial(local_adamw, **ORACLE_ADAMW_OPTIONS)),
     "local_muon": Case(LocalMuon(), local_muon),
-    "local_muon-options": Case(LocalMuon(**MUON_OPTIONS), partial(local_muon, **ORACLE_MUON_OPTIONS)),
-    "local_muon-all": Case(LocalMuon(route="all_matrices"), local_muon),
+    "local_muon-options": Case(
+        LocalMuon(local=Muon(momentum=0.9, lr_multiplier=0.5, weight_decay=0.3)),
+        partial(local_muon, **ORACLE_MUON_OPTIONS),
+    ),
+    "local_muon-all": Case(LocalMuon(local=Muon(momentum=0.98, route="all_matrices")), local_muon),
 }

@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     COHORT = 3
     BATCHES = 4
     BLOCKS = 5
+    CODEC = 0xC0DEC
 
 
 def stream(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:

@@ -19,6 +19,7 @@ from .config import Config
 from .data.datasets import Dataset
 from .data.partition import Partition
 from .federated.batches import LocalWork
+from .federated.codecs import codec_notes
 from .federated.collectives import Collectives, join, pick_device
 from .federated.engine import Engine, EngineSettings
 from .federated.objective import Objective
@@ -102,6 +103,7 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
     ranks = collectives.world_size
     notes.append(f"{ranks} rank{'s' * (ranks > 1)} on {device.type}, {engine.layout.d:,} parameters")
     notes.append(f"evaluator {choice.evaluator}, {choice.clients_per_batch} client(s) at once: {choice.why}")
+    notes += codec_notes(engine.wires, engine.layout)
     log = collectives.agree(lambda: _Log(config, engine, notes) if leader else None)
     stopped_by = None
     with _signals(engine) as received:

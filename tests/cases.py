@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from support import run_rounds, tiny_engine
 from fedkernels.algorithms import ALGORITHMS
 from fedkernels.contract import Algorithm, Batch
 from fedkernels.federated.batches import LocalWork
+from fedkernels.federated.codecs import Int8, TopK
 from fedkernels.federated.collectives import Collectives
 from fedkernels.federated.engine import Engine
 
@@ -22,6 +24,8 @@ Result = dict[str, Any]
 # of matrices, 4 of the head, 2 norms and 28 biases.
 D, D_MATRIX, D_HEAD, B = 332, 256, 36, 58
 COHORT, ROUNDS, BLOCKS = 6, 3, 3
+# At ρ = 1/2 the 8 x 16 matrix goes at rank ⌊64/25⌋ = 2 and the two 8 x 8 ones at ⌊32/17⌋ = 1.
+D_LOW_RANK = 2 * 25 + 2 * 17
 WORK = LocalWork(8, local_steps=3, local_epochs=2)
 
 
@@ -33,6 +37,8 @@ class Case:
         up, down: floats of one client, on average over the cohort where clients send blocks.
         whole: floats of the wires that are not cut into blocks; None where that is all of `up`.
         kept: floats of state that stays with a client.
+        settings: of the engine.
+        up_bytes: bytes of one client's upload for an itemsize, where a codec makes them other than `up` floats.
     """
 
     algorithm: str
@@ -41,9 +47,14 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     whole: int | None = None
     kept: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    up_bytes: Callable[[int], int] | None = None
 
     def build(self) -> Algorithm:
         return ALGORITHMS[self.algorithm](**self.options)
+
+    def engine(self, **settings: Any) -> Engine:
+        return tiny_engine(self.build(), **(self.settings | settings))
 
 
 CASES = {
@@ -58,7 +69,25 @@ CASES = {
     "fedadamw-none": Case("fedadamw", D, 2 * D, {"second_moment": "none"}),
     "fedmuon": Case("fedmuon", D + D_MATRIX, 2 * D + D_MATRIX),
     "fedmuon-unshared": Case("fedmuon", D, 2 * D, {"share_momentum": False}),
+    "fedmuon-low-rank": Case(
+        "fedmuon",
+        D + D_MATRIX,
+        2 * D + D_MATRIX,
+        {"momentum_rank": 0.5, "orthogonalization": "polar_express"},
+        up_bytes=lambda itemsize: (D + D_LOW_RANK) * itemsize,
+    ),
     "fedbcgd": Case("fedbcgd", (D - D_HEAD) / BLOCKS + D_HEAD, D, {"blocks": BLOCKS}, whole=D_HEAD),
+    "fedavg-int8": Case(
+        "fedavg", D, D, settings={"codec": Int8(chunk=50)}, up_bytes=lambda itemsize: D + 4 * math.ceil(D / 50)
+    ),
+    "scaffold-topk": Case(
+        "scaffold",
+        2 * D,
+        2 * D,
+        settings={"codec": TopK(fraction=0.25)},
+        kept=3 * D,
+        up_bytes=lambda itemsize: 2 * (D // 4) * (itemsize + 4),
+    ),
 }
 
 
@@ -70,7 +99,7 @@ def state(engine: Engine) -> dict[str, np.ndarray]:
 
 def run(case: Case, *, stop: int = ROUNDS, poisoned: dict[int, set[int]] | None = None, **options: Any) -> Result:
     """Final state and metrics after `stop` rounds; `poisoned` maps rounds to the clients whose samples are NaN then."""
-    engine = tiny_engine(case.build(), **({"rounds": 10, "clip_norm": 0.5, "work": WORK} | options))
+    engine = case.engine(**({"rounds": 10, "clip_norm": 0.5, "work": WORK} | options))
     if poisoned:
         poison(engine, poisoned)
     _, rows = run_rounds(engine, stop)

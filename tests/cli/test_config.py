@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 BASE = CONFIG | {"run_dir": "runs/small"}
 # The key of a configuration where the names of each table go.
-WHERE = dict(zip(("algorithm", "algorithm.local", "model", "data", "partition", "codec"), CHOICES.values(), strict=True))
+WHERE = dict(
+    zip(("algorithm", "algorithm.local", "model", "data", "partition", "codec"), CHOICES.values(), strict=True)
+)
 NAMES = [(key, name) for key, table in WHERE.items() for name in table]
 # A value that fits keys without a default.
 REQUIRED = {"cifar10": {"path": "x"}, "cifar100": {"path": "x"}, "tiny_imagenet": {"path": "x"}, "glue": {"path": "x"}}
@@ -186,7 +188,7 @@ def test_a_key_below_a_choice_that_is_none_needs_a_name() -> None:
 
 
 def test_a_momentum_rank_needs_a_momentum_that_is_sent() -> None:
-    with pytest.raises(ValueError, match="momentum_rank is 0.5, but without share_momentum no momentum is sent"):
+    with pytest.raises(ValueError, match=r"momentum_rank is 0\.5, but without share_momentum no momentum is sent"):
         accept(algorithm={"name": "fedmuon", "momentum_rank": 0.5, "share_momentum": False})
 
 

@@ -19,7 +19,9 @@ from .config import CHOICES, Config, ConfigError, describe, load, make, nearest,
 from .diagnostics.settings import DiagnosisSettings
 from .federated.engine import NonFiniteUpdateError
 
-TABLES = dict(zip(("algorithms", "optimizers", "models", "datasets", "partitions"), CHOICES.values(), strict=True))
+TABLES = dict(
+    zip(("algorithms", "optimizers", "models", "datasets", "partitions", "codecs"), CHOICES.values(), strict=True)
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue the run in run_dir from its newest checkpoint")
     train.set_defaults(run=_train, overridable=True)
 
-    names = commands.add_parser("list", help="algorithms, local optimizers, models, datasets and partitions")
+    names = commands.add_parser("list", help="algorithms, local optimizers, models, datasets, partitions, codecs")
     names.add_argument("what", nargs="?", metavar="NAME", help="a table, or one name to see its keys")
     names.add_argument("--names", choices=list(TABLES), help="print bare names of one table, a line each")
     names.set_defaults(run=_list, overridable=False)

@@ -25,10 +25,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
 from .algorithms import ALGORITHMS
-from .contract import Algorithm, LocalOptimizer
+from .contract import Algorithm, Codec, LocalOptimizer
 from .data import DATASETS, PARTITIONS
 from .data.datasets import Dataset
 from .data.partition import Partition
+from .federated.codecs import CODECS
 from .federated.evaluators import EvaluatorName
 from .federated.objective import Precision
 from .federated.schedule import LrSchedule
@@ -60,6 +61,7 @@ CHOICES: dict[Any, Mapping[str, type]] = {
     ModelChoice: MODELS,
     DataChoice: DATASETS,
     PartitionChoice: PARTITIONS,
+    Codec: CODECS,
 }
 
 T = typing.TypeVar("T")
@@ -93,6 +95,7 @@ class Config:
         sampling: of the cohort.
         weighting: of clients in the mean.
         clip_norm: l2 norm each mini-batch gradient is clipped to; .inf for none.
+        codec: packs what clients send of vectors the size of the model; null sends floats.
         precision: bf16 computes under autocast, vectors stay float32.
         evaluator: how gradients are computed; auto measures loop and batched, compiled has to be asked for.
         clients_per_batch: clients a rank trains at once; null lets the evaluator decide.
@@ -125,6 +128,7 @@ class Config:
     sampling: Literal["uniform", "poisson"] = "uniform"
     weighting: Literal["uniform", "samples"] = "uniform"
     clip_norm: Positive = 10.0
+    codec: Codec | None = None
     precision: Precision = "fp32"
     evaluator: EvaluatorName = "auto"
     clients_per_batch: Count | None = None
@@ -202,8 +206,8 @@ def resolved(config: Any) -> dict[str, Any]:
     plain = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        table = CHOICES.get(hints[field.name])
-        if table is not None:
+        table = _table(hints[field.name])
+        if table is not None and value is not None:
             value = {"name": _name_of(value, table), **resolved(value)}
         elif _section(hints[field.name]) is not None:
             value = None if value is None else resolved(value)
@@ -231,15 +235,17 @@ def describe(cls: type) -> list[tuple[str, str, str]]:
     rows = []
     for field in dataclasses.fields(cls):
         default = "required" if field.default is dataclasses.MISSING else field.default
-        if hints[field.name] in CHOICES:
-            table = CHOICES[hints[field.name]]
-            shown = "a name of " + ", ".join(table)
-            if default != "required":
-                default = _name_of(default, table)
-        else:
-            shown = _type_text(hints[field.name])
-        rows.append((field.name, shown, str(default)))
+        table = _table(hints[field.name])
+        if table is not None and default not in ("required", None):
+            default = _name_of(default, table)
+        rows.append((field.name, _type_text(hints[field.name]), str(default)))
     return rows
+
+
+def _table(hint: Any) -> Mapping[str, type] | None:
+    """The choices that a hint stands for, where it is a choice, or a choice or null."""
+    either = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return next((CHOICES[item] for item in either if item in CHOICES), None)
 
 
 def _name_of(chosen: Any, table: Mapping[str, type]) -> str:
@@ -280,10 +286,11 @@ def _make(cls: Any, tree: Mapping[Any, Any], where: str) -> Any:
     values = {}
     for name, field in fields.items():
         if name in tree:
-            value, table = tree[name], CHOICES.get(hints[name])
-            if table and isinstance(value, dict) and "name" not in value and field.default is not dataclasses.MISSING:
+            value, table = tree[name], _table(hints[name])
+            default = field.default
+            if table and isinstance(value, dict) and "name" not in value and default not in (dataclasses.MISSING, None):
                 # The default's own keys too: it may differ from what its name alone stands for.
-                value = {"name": _name_of(field.default, table), **resolved(field.default), **value}
+                value = {"name": _name_of(default, table), **resolved(default), **value}
             values[name] = _value(hints[name], value, f"{where}{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}{name}: missing; expected {_type_text(hints[name])}")
@@ -299,8 +306,9 @@ def _section(hint: Any) -> Any:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    if hint in CHOICES:
-        return choice(CHOICES[hint], value, where)
+    table = _table(hint)
+    if table is not None:
+        return None if value is None and hint not in CHOICES else choice(table, value, where)
     if (section := _section(hint)) is not None and isinstance(value, Mapping):
         return _make(section, value, f"{where}.")
     if isinstance(value, bool) and "bool" not in _type_text(hint):

@@ -18,6 +18,7 @@ class Purpose(IntEnum):
     LABELS = 6
     DIAGNOSTICS = 0xD1A6
     NOISE = 0x1015E
+    CODEC = 0xC0DEC
 
 
 def stream(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:

@@ -19,6 +19,7 @@ from .config import Config
 from .data.datasets import Dataset
 from .data.partition import Partition
 from .federated.batches import LocalWork
+from .federated.codecs import codec_notes
 from .federated.collectives import Collectives, join, pick_device
 from .federated.engine import Engine, EngineSettings
 from .federated.objective import Objective
@@ -102,6 +103,7 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
     ranks = collectives.world_size
     notes.append(f"{ranks} rank{'s' * (ranks > 1)} on {device.type}, {engine.layout.d:,} parameters")
     notes.append(f"evaluator {choice.evaluator}, {choice.clients_per_batch} client(s) at once: {choice.why}")
+    notes += codec_notes(engine.wires, engine.layout)
     # Every rank works it out, but only as alike as their processors round.
     rounds = collectives.gather(engine.last_round())[0]
     notes += _privacy_notes(engine, rounds)

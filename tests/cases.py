@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from support import CLIENTS, run_rounds, tiny_engine
 from fedkernels.algorithms import ALGORITHMS
 from fedkernels.contract import Algorithm, Batch
 from fedkernels.federated.batches import LocalWork
+from fedkernels.federated.codecs import Int8, TopK
 from fedkernels.federated.collectives import Collectives
 from fedkernels.federated.engine import Engine
 from fedkernels.federated.schedule import sample_cohort
@@ -32,6 +34,8 @@ BLOCK = (D - D_HEAD) / BLOCKS  # on average, beside the shared head
 SOAP = Soap(eps=0.05)
 # With this ρ some coordinates are clipped and some are not, none of those so steep that rounding shows.
 SOPHIA = Sophia(rho=1.0, hessian_every=2)
+# At ρ = 1/2 the 8 x 16 matrix goes at rank ⌊64/25⌋ = 2 and the two 8 x 8 ones at ⌊32/17⌋ = 1.
+D_LOW_RANK = 2 * 25 + 2 * 17
 WORK = LocalWork(8, local_steps=3, local_epochs=2)
 
 
@@ -43,8 +47,9 @@ class Case:
         up, down: floats of one client, on average over the cohort where clients send blocks.
         whole: floats of the wires that are not cut into blocks; None where that is all of `up`.
         kept: floats of state that stays with a client.
-        settings: of the engine, which the algorithm cannot do without.
+        settings: of the engine.
         diagnostic: floats that ride along for metrics.
+        up_bytes: bytes of one client's upload for an itemsize, where a codec makes them other than `up` floats.
     """
 
     algorithm: str
@@ -55,6 +60,7 @@ class Case:
     kept: int = 0
     diagnostic: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+    up_bytes: Callable[[int], int] | None = None
 
     @property
     def private(self) -> bool:
@@ -65,6 +71,9 @@ class Case:
 
     def build(self) -> Algorithm:
         return ALGORITHMS[self.algorithm](**self.options)
+
+    def engine(self, **settings: Any) -> Engine:
+        return tiny_engine(self.build(), **(self.settings | settings))
 
 
 PRIVATE: dict[str, Any] = {
@@ -129,6 +138,24 @@ CASES = {
     "fedpac-shampoo": Case("fedpac", D + D_FACTORS, 2 * D + D_FACTORS, {"local": Shampoo()}, diagnostic=1),
     "fedpac-adamw": Case("fedpac", 2 * D, 3 * D, {"local": AdamW()}, diagnostic=1),
     "fedpac-unaligned": Case("fedpac", D, 2 * D, {"local": SOAP, "align": False}, diagnostic=D_FACTORS + 1),
+    "fedmuon-low-rank": Case(
+        "fedmuon",
+        D + D_MATRIX,
+        2 * D + D_MATRIX,
+        {"momentum_rank": 0.5, "orthogonalization": "polar_express"},
+        up_bytes=lambda itemsize: (D + D_LOW_RANK) * itemsize,
+    ),
+    "fedavg-int8": Case(
+        "fedavg", D, D, settings={"codec": Int8(chunk=50)}, up_bytes=lambda itemsize: D + 4 * math.ceil(D / 50)
+    ),
+    "scaffold-topk": Case(
+        "scaffold",
+        2 * D,
+        2 * D,
+        settings={"codec": TopK(fraction=0.25)},
+        kept=3 * D,
+        up_bytes=lambda itemsize: 2 * (D // 4) * (itemsize + 4),
+    ),
 }
 
 
@@ -140,7 +167,7 @@ def state(engine: Engine) -> dict[str, np.ndarray]:
 
 def run(case: Case, *, stop: int = ROUNDS, poisoned: dict[int, set[int]] | None = None, **options: Any) -> Result:
     """Final state and metrics after `stop` rounds; `poisoned` maps rounds to the clients whose samples are NaN then."""
-    engine = tiny_engine(case.build(), **({"rounds": 10, "clip_norm": 0.5, "work": WORK} | case.settings | options))
+    engine = case.engine(**({"rounds": 10, "clip_norm": 0.5, "work": WORK} | options))
     if poisoned:
         poison(engine, poisoned)
     _, rows = run_rounds(engine, stop)

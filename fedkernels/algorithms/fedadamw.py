@@ -50,7 +50,7 @@ class FedAdamW(Algorithm):
     def up(self, layout: Layout) -> dict[str, Wire]:
         wires = {"delta": Wire()}
         if self.second_moment == "full":
-            wires["v"] = Wire()
+            wires["v"] = Wire(state=True)
         elif self.second_moment != "none":
             wires["v"] = Wire(layout.curvature_blocks(self.second_moment).size)
         return wires

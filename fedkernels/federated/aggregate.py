@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -177,15 +178,12 @@ def protocol_bytes(
     itemsize: int,
 ) -> tuple[int, int]:
     """Bytes a real federation sends in a round, `(up, down)`, for a cohort with these blocks (None: whole wires)."""
-    shared = layout.block(layout.n_blocks)
-    sizes = [layout.block(b).stop - layout.block(b).start for b in range(layout.n_blocks)]
     up = 0
     for wire in wires.values():
         if wire.diagnostic:
             continue
-        if wire.only_block:
-            up += sum(sizes[b] for b in blocks if b is not None) + len(blocks) * (shared.stop - shared.start)
-        else:
-            up += len(blocks) * wire.size(layout)
+        for block, clients in Counter(blocks).items():
+            payload = wire.payload(layout, block)
+            up += clients * (wire.codec.n_bytes(payload, itemsize) if wire.codec else payload.size * itemsize)
     down = len(blocks) * sum(server[name].numel() for name in algorithm_down)
-    return up * itemsize, down * itemsize
+    return up, down * itemsize

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..contract import Algorithm, Batch, Round, Vectors
+from ..contract import Algorithm, Batch, Codec, Round, Vectors
 from ..data.partition import Partition
 from ..layout import Role
 from ..privacy.accountant import Accountant
 from ..privacy.mechanism import GaussianMechanism, Privacy, check
 from .aggregate import Aggregator, protocol_bytes
 from .batches import Batches, LocalWork
+from .codecs import Encoder, with_codec
 from .collectives import Collectives
 from .evaluators import BoundModule, Choice, Evaluator, EvaluatorName, choose, make_evaluator
 from .objective import Objective
@@ -43,6 +44,7 @@ class EngineSettings:
         rounds: R, also the length of the cosine schedule.
         cohort: clients per round, S; under Poisson sampling the expected number.
         clip_norm: l2 norm that every mini-batch gradient is clipped to; infinity for none.
+        codec: of what clients send on wires like params that have none of their own; None sends floats.
         weighting: `uniform` averages clients, `samples` weights them by their number of samples.
         clients_per_batch: clients a rank trains at once; None lets the evaluator decide.
         placement: `estimated` balances local steps over ranks, `measured` also each rank's measured speed.
@@ -60,6 +62,7 @@ class EngineSettings:
     sampling: Literal["uniform", "poisson"] = "uniform"
     weighting: Literal["uniform", "samples"] = "uniform"
     clip_norm: float = 10.0
+    codec: Codec | None = None
     evaluator: EvaluatorName = "auto"
     clients_per_batch: int | None = None
     placement: Literal["estimated", "measured"] = "estimated"
@@ -115,7 +118,8 @@ class Engine:
         self.population = len(partition)
         self._check(partition)
         self.layout = algorithm.layout(objective.module, roles)
-        self.wires = algorithm.up(self.layout)
+        self.wires = with_codec(algorithm.up(self.layout), settings.codec)
+        self._encoder = Encoder(self.wires, self.layout, settings.seed)
         self.mechanism: GaussianMechanism | None = None
         self.accountant: Accountant | None = None
         self._check_privacy()
@@ -132,7 +136,7 @@ class Engine:
         self.dropped: list[str] = []
         self.owners: dict[int, int] = {}
         self.store = ClientStore(
-            algorithm.keep,
+            (*algorithm.keep, *self._encoder.residuals.values()),
             self.layout.d,
             x.dtype,
             directory / f"rank{self.collectives.rank}",
@@ -338,35 +342,42 @@ class Engine:
         ids = [cohort[p] for p in positions]
         if len(self._gradients) != len(ids):
             self._gradients = self.server.x.new_empty(len(ids), self.layout.d)
+        mine = [blocks[p] for p in positions]
         task = LocalTask(
             self.layout,
             self.batches,
             ids,
-            [blocks[p] for p in positions],
+            mine,
             nominal,
             self._evaluator,
             self._gradients,
             self.settings.clip_norm,
         )
-        keep = Vectors(self.store.get(ids, self.server.x.device), what="the client's kept state")
+        stored = self.store.get(ids, self.server.x.device)
+        keep = Vectors({name: stored[name] for name in self.algorithm.keep}, what="the client's kept state")
         versions = {name: value._version for name, value in down.items()}
         up = self.algorithm.client(down, keep, task)
         if written := [name for name, value in down.items() if value._version != versions[name]]:
             raise RuntimeError(f"{type(self.algorithm).__name__}.client wrote to {', '.join(written)} in place")
         self._check_up(up, len(ids))
         finite = self._finite_rows(up)
+        if self._encoder:
+            # Before, since a codec may hide what is not finite; and after, since one may overflow.
+            up = self._encoder(up, ids, mine, self.round, finite, stored)
+            finite = [sent and decoded for sent, decoded in zip(finite, self._finite_rows(up), strict=True)]
+        stored |= {name: keep[name] for name in self.algorithm.keep}
         bad = []
         for c, client in enumerate(ids):
             if not finite[c]:
                 bad.append(f"client {client} sent NaN or infinity in round {self.round + 1}")
-                if self.algorithm.keep:
+                if self.store.names:
                     # Every client that has an owner has a row there, even one that was never heard.
                     self.store.put([client], self.store.get([client]))
                 continue
             weight = float(self.sizes[client]) if self.settings.weighting == "samples" else 1.0
-            aggregator.add(up, c, weight, blocks[positions[c]], positions[c])
-            if self.algorithm.keep:
-                self.store.put([client], {name: keep[name][c : c + 1] for name in self.algorithm.keep})
+            aggregator.add(up, c, weight, mine[c], positions[c])
+            if self.store.names:
+                self.store.put([client], {name: stored[name][c : c + 1] for name in self.store.names})
         kept = torch.tensor(finite, device=task.loss_sum.device)
         aggregator.slots[LOSS_SUM] += torch.where(kept, task.loss_sum, 0).sum()
         aggregator.slots[LOSS_COUNT] += torch.where(kept, task.loss_count, 0).sum()
@@ -400,7 +411,7 @@ class Engine:
 
     def _move(self, ids: Sequence[int], placed: Sequence[Sequence[int]]) -> None:
         """Bring kept state to the ranks that train its clients this round."""
-        if not self.algorithm.keep:
+        if not self.store.names:
             return
         rank = self.collectives.rank
         moves, moving = [], []

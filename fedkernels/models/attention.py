@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -66,15 +67,7 @@ class Vit:
 
     def roles(self, module: nn.Module) -> dict[str, Role]:
         """What every parameter is, by name."""
-        roles = infer_roles(module)
-        for name, p in module.named_parameters():
-            if name.endswith((".q_proj.weight", ".k_proj.weight")):
-                roles[name] = Role("matrix", 0, ((0, self.dim, self.heads),))
-            elif name.endswith((".cls_token", ".position_embeddings")):
-                roles[name] = Role("embedding", 1, ((0, p.shape[1], p.shape[1]),))
-            elif name.endswith(".classifier.weight"):
-                roles[name] = Role("head", 0, ((0, p.shape[0], p.shape[0]),))
-        return roles
+        return transformer_roles(module, self.dim // self.heads)
 
 
 @dataclass(frozen=True)
@@ -135,18 +128,36 @@ class Gpt2:
 
     def roles(self, module: nn.Module) -> dict[str, Role]:
         """What every parameter is, by name."""
-        inferred = infer_roles(module)
-        # By parameter, not by module: the tied head would show up a second time under its own name.
-        roles = {name: inferred[name] for name, _ in module.named_parameters()}
-        dim, heads = self.dim, self.heads
-        for name, p in module.named_parameters():
-            if name.endswith(".c_attn.weight"):
-                roles[name] = Role("matrix", 1, ((0, 2 * dim, 2 * heads), (2 * dim, 3 * dim, dim)))
-            elif name.endswith((".c_proj.weight", ".c_fc.weight")):
-                roles[name] = Role("matrix", 1, ((0, p.shape[1], p.shape[1]),))
-            elif name == "head.weight":
-                roles[name] = Role("head", 0, ((0, p.shape[0], p.shape[0]),))
-        return roles
+        return transformer_roles(module, self.dim // self.heads)
+
+
+def transformer_roles(module: nn.Module, head_dim: int) -> dict[str, Role]:
+    """What every parameter of a ViT, GPT-2, Llama or RoBERTa of `transformers` is, by name.
+
+    Queries and keys have one curvature block per head, also where fewer heads of keys serve all queries, and where one
+    weight holds queries, keys and values side by side; other matrices one per output, embeddings one per token.
+
+    Args:
+        module: the model, or a module around it; its output layer is called as `transformers` does, or `head`.
+        head_dim: outputs of one attention head.
+    """
+    inferred = infer_roles(module)
+    roles = {}
+    # By parameter, not by module: a tied head would show up a second time under its own name.
+    for name, p in module.named_parameters():
+        roles[name] = inferred[name]
+        if re.search(r"\b(q_proj|k_proj|query|key)\.weight$", name):
+            roles[name] = Role("matrix", 0, ((0, p.shape[0], p.shape[0] // head_dim),))
+        elif name.endswith("c_attn.weight"):  # GPT-2's matrices are (in, out)
+            dim, out = p.shape
+            roles[name] = Role("matrix", 1, ((0, 2 * dim, 2 * dim // head_dim), (2 * dim, out, out - 2 * dim)))
+        elif re.search(r"\b(c_proj|c_fc)\.weight$", name):
+            roles[name] = Role("matrix", 1, ((0, p.shape[1], p.shape[1]),))
+        elif re.search(r"\b(cls_token|position_embeddings)$", name):
+            roles[name] = Role("embedding", 1, ((0, p.shape[1], p.shape[1]),))
+        elif re.search(r"\b(classifier|classifier\.out_proj|lm_head|score|head)\.weight$", name):
+            roles[name] = Role("head", 0, ((0, p.shape[0], p.shape[0]),))
+    return roles
 
 
 class _Logits(nn.Module):

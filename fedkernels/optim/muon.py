@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..kernels.newton_schulz import newton_schulz
+from ..kernels.newton_schulz import Orthogonalization, newton_schulz
 from ..layout import Layout, Route
 from .adamw import AdamW
 
@@ -35,7 +35,8 @@ class Muon:
         momentum: β.
         weight_decay: λ, decoupled, of all parameters.
         lr_multiplier: ηₘ, the learning rate of the matrices relative to that of the other parameters.
-        ns_steps: steps of Newton–Schulz.
+        ns_steps: steps of the orthogonalization.
+        orthogonalization: whose coefficients those steps have.
         route: `hidden` gives Muon the hidden weight matrices, `all_matrices` every tensor of two or more dimensions.
         adamw_beta1: β₁ of the AdamW that trains embeddings, norms, biases and the output head.
         adamw_beta2: its β₂.
@@ -51,6 +52,7 @@ class Muon:
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     lr_multiplier: Annotated[float, Field(gt=0)] = 1.0
     ns_steps: Annotated[int, Field(ge=1)] = 5
+    orthogonalization: Orthogonalization = "newton_schulz"
     route: Route = "hidden"
     adamw_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adamw_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -74,6 +76,7 @@ class Muon:
         for slab in layout.slabs:
             run = slice(slab.matrix_start, slab.matrix_stop)
             batch = u[:, run].unflatten(1, (slab.count, slab.rows, slab.cols))
-            p[:, run] = newton_schulz(batch, self.ns_steps).mul_(slab.scale * self.lr_multiplier).flatten(1)
+            o = newton_schulz(batch, self.ns_steps, self.orthogonalization)
+            p[:, run] = o.mul_(slab.scale * self.lr_multiplier).flatten(1)
         p.add_(y_matrices, alpha=self.weight_decay)
         return layout.merge(p, self._adamw().step(state, layout.vectors(g), layout.vectors(y), k, layout))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, WORK, state
-from support import tiny_engine
 from torch._dynamo.testing import CompileCounter
 
 from fedkernels import checkpoint
@@ -16,8 +15,7 @@ from fedkernels.federated.engine import Engine
 
 
 def engine_of(name: str, **options: object) -> Engine:
-    case = CASES[name]
-    return tiny_engine(case.build(), **({"rounds": 10, "clip_norm": 0.5, "work": WORK} | case.settings | options))
+    return CASES[name].engine(**({"rounds": 10, "clip_norm": 0.5, "work": WORK} | options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

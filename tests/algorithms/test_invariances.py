@@ -81,7 +81,7 @@ def test_ranks_change_nothing(world_size: int, alone: Results) -> None:
 
 def link_bytes(case: Case, world_size: int, rounds: int) -> list[int]:
     """Client state that moves, one all-reduce of the bucket, and of blocks a reduction at an owner and a broadcast."""
-    engine = tiny_engine(case.build(), work=WORK, **case.settings)
+    engine = case.engine(work=WORK)
     sliced = sum(wire.only_block for wire in engine.wires.values())
     float64_bytes = 8  # of parameters and of sums
     owners: dict[int, int] = {}
@@ -115,7 +115,8 @@ def test_one_rank_moves_nothing(alone: Results) -> None:
 def test_protocol_bytes(name: str, dtype: torch.dtype, itemsize: int) -> None:
     case = CASES[name]
     for row in run(case, dtype=dtype)["rows"]:
-        assert row["protocol_up_bytes"] == round(row["cohort"] * case.up) * itemsize
+        up_bytes = case.up_bytes(itemsize) if case.up_bytes else case.up * itemsize
+        assert row["protocol_up_bytes"] == round(row["cohort"] * up_bytes)
         assert row["protocol_down_bytes"] == row["cohort"] * case.down * itemsize
         assert row["cohort"] == len(case.cohort(row["round"] - 1))
 
@@ -152,9 +153,7 @@ def test_some_clients_of_a_batch_are_masked() -> None:
 def test_an_empty_cohort_changes_nothing(name: str) -> None:
     """But under privacy, where it is a round of noise alone."""
     case = CASES[name]
-    engine = tiny_engine(
-        case.build(), **(case.settings | {"work": WORK, "rounds": 8, "sampling": "poisson", "cohort": 1})
-    )
+    engine = case.engine(work=WORK, rounds=8, sampling="poisson", cohort=1)
     sizes = [len(sample_cohort("poisson", 0, r, CLIENTS, 1)) for r in range(8)]
     assert 0 in sizes
     assert max(sizes) > 1
@@ -285,7 +284,7 @@ def test_undeclared_server_state_raises(name: str, monkeypatch: pytest.MonkeyPat
 @every_case
 @pytest.mark.parametrize("together", [1, COHORT])
 def test_a_non_finite_update_names_client_and_round(name: str, together: int) -> None:
-    engine = tiny_engine(CASES[name].build(), clients_per_batch=together, **CASES[name].settings)
+    engine = CASES[name].engine(clients_per_batch=together)
     client = int(CASES[name].cohort(1)[2])
     poison(engine, {1: {client}})
     engine.run_round()

@@ -117,6 +117,24 @@ def test_a_run_that_died_continues_to_the_last_bit(runs: Runs, algorithm: str, s
     runs.assert_same("whole", "died")
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "codec"),
+    [
+        ("fedavg", "topk"),
+        ("fedbcgd", "{name: int8, error_feedback: true}"),
+        ("scaffold", "{name: topk, fraction: 0.3}"),
+        ("{name: fedmuon, momentum_rank: 0.5}", "int8"),
+    ],
+)
+def test_what_error_feedback_keeps_survives(runs: Runs, algorithm: str, codec: str) -> None:
+    keys = ["--algorithm", algorithm, "--codec", codec, "--rounds", "5", "--model.hidden", "[8, 8, 8]"]
+    assert runs.train("whole", *keys) == 0
+    with dying_in_round(4):
+        assert runs.train("died", *keys) == 130
+    assert runs.train("died", *keys, "--resume") == 0
+    runs.assert_same("whole", "died")
+
+
 def test_time_goes_on_where_the_checkpoint_left_it(copied: Runs) -> None:
     before = copied.rows("four")[-1]["time_s"]
     assert copied.train("four", "--rounds", "5", "--resume") == 0

@@ -16,6 +16,7 @@ from fedkernels.algorithms import FedAvg, FedBcgd, LocalMuon
 from fedkernels.algorithms.fedmuon import FedMuon
 from fedkernels.config import CHOICES, Config, ConfigError, describe, load, parse_overrides, resolved
 from fedkernels.data import PARTITIONS
+from fedkernels.federated.codecs import Int8, TopK
 from fedkernels.models.vision import Mlp
 from fedkernels.optim import AdamW, Muon, Sgd
 from fedkernels.privacy.mechanism import Privacy
@@ -24,7 +25,9 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 BASE = CONFIG | {"run_dir": "runs/small"}
 # The key of a configuration where the names of each table go.
-WHERE = dict(zip(("algorithm", "algorithm.local", "model", "data", "partition"), CHOICES.values(), strict=True))
+WHERE = dict(
+    zip(("algorithm", "algorithm.local", "model", "data", "partition", "codec"), CHOICES.values(), strict=True)
+)
 NAMES = [(key, name) for key, table in WHERE.items() for name in table]
 # A value that fits keys without a default.
 REQUIRED = {"cifar10": {"path": "x"}, "cifar100": {"path": "x"}, "tiny_imagenet": {"path": "x"}, "glue": {"path": "x"}}
@@ -116,7 +119,7 @@ def test_a_value_out_of_range_names_key_value_and_expectation(key: str, value: o
 
 
 SHARE, POSITIVE, NOT_NEGATIVE = "float >= 0 and < 1", "float > 0", "float >= 0"
-FRACTION, ALPHA = "float > 0 and < 1", "float > 0 and < inf"
+FRACTION, PART, ALPHA = "float > 0 and < 1", "float > 0 and <= 1", "float > 0 and < inf"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +131,9 @@ FRACTION, ALPHA = "float > 0 and < 1", "float > 0 and < inf"
         ("algorithm", "fedmuon", "route", "none", "hidden | all_matrices"),
         ("algorithm", "fedbcgd", "blocks", 0, "int >= 1 | tuple[tuple[str, ...], ...]"),
         ("algorithm", "fedbcgd_plus", "rho_c", 0, "float > 0 and <= 1"),
+        ("algorithm", "fedmuon", "momentum_rank", 0, f"{PART} | null"),
+        ("algorithm", "fedmuon", "momentum_rank", 1.5, f"{PART} | null"),
+        ("algorithm", "fedmuon", "orthogonalization", "svd", "newton_schulz | polar_express"),
         ("algorithm", "scaffold", "server_lr", 0, POSITIVE),
         ("algorithm.local", "sgd", "momentum", 5, SHARE),
         ("algorithm.local", "sgd", "weight_decay", -0.1, NOT_NEGATIVE),
@@ -162,6 +168,8 @@ FRACTION, ALPHA = "float > 0 and < 1", "float > 0 and < inf"
         ("partition", "dirichlet", "min_samples", -1, "int >= 0"),
         ("partition", "paper", "alpha", -1, ALPHA),
         ("partition", "shards", "shards_per_client", 0, "int >= 1"),
+        ("codec", "int8", "chunk", 0, "int >= 1"),
+        *(("codec", name, "fraction", value, PART) for name in ("topk", "lowrank") for value in (0, -0.1, 1.1)),
     ],
 )
 def test_a_range_below_a_choice_is_told_alike(key: str, name: str, below: str, value: object, expected: str) -> None:
@@ -174,6 +182,28 @@ def test_no_number_below_a_choice_may_be_negative(key: str, name: str) -> None:
     for below, kind, _ in describe(WHERE[key][name]):
         if kind.startswith(("int", "float")):
             assert refuse(**with_choice(key, name, **{below: -1})).startswith(f"{key}.{below}: -1, expected {kind} (")
+
+
+@pytest.mark.parametrize(
+    ("codec", "expected"), [(None, None), ("int8", Int8()), ({"name": "topk", "fraction": 1}, TopK(fraction=1.0))]
+)
+def test_a_choice_may_be_none(codec: Any, expected: Any) -> None:
+    config = accept(codec=codec)
+    assert config.codec == expected
+    assert load(None, resolved(config)) == config
+    assert accept().codec is load(None, resolved(config) | {"codec": None}).codec is None
+
+
+def test_a_key_below_a_choice_that_is_none_needs_a_name() -> None:
+    assert refuse(**{"codec.chunk": 8}).startswith("codec: {'chunk': 8}, expected a name or a mapping with 'name'; ")
+    assert refuse(**{"codec.chunk": 8, "codec": "topk"}) == "codec.chunk: unknown key; expected one of " + ", ".join(
+        ("error_feedback", "fraction")
+    )
+
+
+def test_a_momentum_rank_needs_a_momentum_that_is_sent() -> None:
+    with pytest.raises(ValueError, match=r"momentum_rank is 0\.5, but without share_momentum no momentum is sent"):
+        accept(algorithm={"name": "fedmuon", "momentum_rank": 0.5, "share_momentum": False})
 
 
 def test_a_cohort_larger_than_the_population_is_refused() -> None:

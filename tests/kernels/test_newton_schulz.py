@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedkernels.kernels.newton_schulz import newton_schulz
+from fedkernels.kernels.newton_schulz import POLAR_EXPRESS, Orthogonalization, newton_schulz
 
 SHAPES = [(1, 1), (1, 9), (9, 1), (2, 2), (3, 7), (7, 3), (5, 5), (33, 17), (16, 65)]
 
@@ -18,13 +19,24 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def reference(u: Tensor, steps: int = 5) -> Tensor:
+def reference(u: Tensor, steps: int = 5, method: Orthogonalization = "newton_schulz") -> Tensor:
     """`U p⁽⁵⁾(S/‖S‖) Vᵀ`: an odd polynomial of a matrix is that polynomial of its singular values."""
     left, s, right = torch.linalg.svd(u.double(), full_matrices=False)
-    s = s / (s.square().sum(-1, keepdim=True).sqrt() + 1e-7)
-    for _ in range(steps):
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    return left * s.unsqueeze(-2) @ right
+    polar = method == "polar_express"
+    s = s / (s.square().sum(-1, keepdim=True).sqrt() * (1.01 if polar else 1.0) + 1e-7)
+    return left * composed(s, steps, method).unsqueeze(-2) @ right
+
+
+def composed(s: Tensor, steps: int, method: Orthogonalization) -> Tensor:
+    for t in range(steps):
+        if method == "newton_schulz":
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        elif t < 7:
+            a, b, c = POLAR_EXPRESS[t]
+            s = a * (s / 1.01) + b * (s / 1.01) ** 3 + c * (s / 1.01) ** 5
+        else:
+            s = (15 * s - 10 * s**3 + 3 * s**5) / 8
+    return s
 
 
 def assert_equal(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
@@ -118,3 +130,77 @@ def test_singular_values_end_near_one(shape: tuple[int, int]) -> None:
     found = torch.linalg.svdvals(newton_schulz(left * s @ right))
     assert found.min() > 0.68
     assert found.max() < 1.21
+
+
+# Polar Express
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("steps", [1, 5, 7, 10])
+def test_polar_express_equals_its_polynomials_of_the_singular_values(shape: tuple[int, int], steps: int) -> None:
+    u = random(3, *shape)
+    assert_equal(newton_schulz(u, steps, "polar_express"), reference(u, steps, "polar_express"))
+    # A small singular value is multiplied by up to the product of all a, and with it the rounding of 6e-8.
+    growth = math.prod(a for a, _, _ in POLAR_EXPRESS[:5])
+    assert_equal(
+        newton_schulz(u.float(), steps, "polar_express"), reference(u.float(), steps, "polar_express"), growth * 6e-8
+    )
+
+
+def minimax(low: float, high: float) -> tuple[float, float, float]:
+    """The odd quintic nearest to 1 on an interval: Remez exchange of its four points of largest error."""
+    q, r = (3 * low + high) / 4, (low + 3 * high) / 4
+    for _ in range(100):
+        points = np.array([low, q, r, high])
+        columns = np.stack([points, points**3, points**5, [1.0, -1.0, 1.0, -1.0]], axis=1)
+        a, b, c, _ = np.linalg.solve(columns, np.ones(4))
+        # The zeros of the derivative a + 3bx² + 5cx⁴.
+        root = math.sqrt(9 * b * b - 20 * a * c)
+        q, r = sorted(math.sqrt((-3 * b + sign * root) / (10 * c)) for sign in (-1, 1))
+    return a, b, c
+
+
+def test_polar_express_coefficients_are_the_optimal_ones() -> None:
+    """Section 4 of the paper from [1e-3, 1] on.
+
+    Where an interval is wide, the polynomial is that of a narrower one, of the cushion of its appendix G, and scaled so
+    that the interval it maps to is centred at 1.
+    """
+    low, high, cushion = 1e-3, 1.0, 0.02407327424182761
+    for published in POLAR_EXPRESS[:6]:
+        start = max(low, cushion * high)
+        a, b, c = minimax(start, high)
+        least, most = (a * x + b * x**3 + c * x**5 for x in (low, high))
+        scale = 2 / (least + most)
+        np.testing.assert_allclose((scale * a, scale * b, scale * c), published, rtol=1e-6)
+        low, high = scale * least, 2 - scale * least
+
+
+def test_polar_express_ends_in_the_published_interval() -> None:
+    """Without the safety factor five steps take [1e-3, 1] to [0.876, 1.124]; with it the lower end gives way."""
+    spectrum = torch.logspace(-3, 0, 20_001, dtype=torch.float64)
+    exact = spectrum
+    for a, b, c in POLAR_EXPRESS[:5]:
+        exact = a * exact + b * exact**3 + c * exact**5
+    assert float(exact.min()) == pytest.approx(0.8764, abs=1e-4)
+    assert float(exact.max()) == pytest.approx(1.1236, abs=1e-4)
+    safe = composed(spectrum / 1.01, 5, "polar_express")
+    assert float(safe.min()) > 0.84
+    assert float(safe.max()) < 1.13
+
+
+@pytest.mark.parametrize("condition", [20, 1e2, 1e3])
+@pytest.mark.parametrize("shape", [(8, 8), (8, 12), (20, 8)])
+def test_polar_express_beats_the_quintic(shape: tuple[int, int], condition: float) -> None:
+    left, _, right = torch.linalg.svd(random(*shape), full_matrices=False)
+    s = torch.logspace(-math.log10(condition), 0, min(shape), dtype=torch.float64)
+    s = torch.where(s / (s.norm() * 1.01) > 1e-3, s, 1.1e-3 * s.norm())
+    quintic, polar = (
+        torch.linalg.svdvals(newton_schulz(left * s @ right, 5, method))
+        for method in ("newton_schulz", "polar_express")
+    )
+    assert polar.min() > 0.84
+    assert polar.max() < 1.13
+    assert (polar - 1).abs().max() < 0.7 * (quintic - 1).abs().max()
+    converged = torch.linalg.svdvals(newton_schulz(left * s @ right, 9, "polar_express"))
+    torch.testing.assert_close(converged, torch.ones_like(converged), rtol=0, atol=1e-6)

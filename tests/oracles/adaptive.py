@@ -14,7 +14,16 @@ from fedkernels.layout import Layout
 
 from .comparison import Case
 from .federation import Federation, minus
-from .optimizers import ADAMW_OPTIONS, MUON_OPTIONS, ORACLE_ADAMW_OPTIONS, ORACLE_MUON_OPTIONS, adamw, muon
+from .optimizers import (
+    ADAMW_OPTIONS,
+    MUON_OPTIONS,
+    ORACLE_ADAMW_OPTIONS,
+    ORACLE_MUON_OPTIONS,
+    adamw,
+    muon,
+    polar_express,
+    truncated,
+)
 
 
 def fedadamw(
@@ -41,7 +50,13 @@ def fedadamw(
 
 
 def fedmuon(
-    f: Federation, rounds: int, *, alpha: float = 0.5, share_momentum: bool = True, **options: Any
+    f: Federation,
+    rounds: int,
+    *,
+    alpha: float = 0.5,
+    share_momentum: bool = True,
+    momentum_rank: float | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """`M_bar` holds the hidden matrices only, and is not there where momentum is not shared."""
     x, G = f.start(), f.zeros()
@@ -56,6 +71,8 @@ def fedmuon(
                 p = direction(y, f.gradient(y, step), k)
                 y = {n: y[n] - f.lr(r) * ((1 - alpha) * p[n] + alpha * G[n]) for n in y}
             deltas[i], momenta[i] = minus(y, x), M
+            if momentum_rank is not None:
+                momenta[i] = {n: truncated(f, n, m, momentum_rank) for n, m in M.items()}
         delta = f.mean(deltas)
         x = {n: x[n] + delta[n] for n in x}
         G = {n: -delta[n] / (K * f.lr(r)) for n in x}
@@ -91,4 +108,14 @@ CASES: dict[str, Case] = {
     ),
     "fedmuon-unshared": Case(FedMuon(share_momentum=False), partial(fedmuon, share_momentum=False)),
     "fedmuon-all": Case(FedMuon(route="all_matrices"), fedmuon),
+    "fedmuon-low-rank": Case(FedMuon(momentum_rank=0.6), partial(fedmuon, momentum_rank=0.6)),
+    "fedmuon-low-rank-all": Case(
+        FedMuon(route="all_matrices", momentum_rank=0.3),
+        partial(fedmuon, momentum_rank=0.3),
+        {"weighting": "samples"},
+    ),
+    "fedmuon-polar-express": Case(
+        FedMuon(orthogonalization="polar_express", **MUON_OPTIONS),
+        partial(fedmuon, orthogonal=polar_express, **ORACLE_MUON_OPTIONS),
+    ),
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .federation import Direction, Federation, Named
@@ -20,16 +22,52 @@ def newton_schulz(u: Tensor, steps: int = 5) -> Tensor:
     return o
 
 
-def orthogonalised(f: Federation, name: str, u: Tensor) -> Tensor:
-    """`NS₅(u)·√max(1, out/in)` of one parameter as a matrix `(out, in)`."""
+def polar_express(u: Tensor) -> Tensor:
+    """Five quintics, composed on the singular values; arXiv 2505.16932, Algorithm 1."""
+    left, s, right = torch.linalg.svd(u, full_matrices=False)
+    s = s / (1.01 * s.square().sum().sqrt() + 1e-7)
+    for a, b, c in (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    ):
+        t = s / 1.01
+        s = a * t + b * t**3 + c * t**5
+    return left * s @ right
+
+
+def truncated(f: Federation, name: str, m: Tensor, rho: float) -> Tensor:
+    """A parameter as a matrix of rank `max(1, ⌊ρmn/(m+n+1)⌋)`; unchanged where that saves nothing."""
+    matrix = as_matrix(f, name, m)
+    rows, cols = matrix.shape
+    rank = max(1, int(rho * rows * cols / (rows + cols + 1)))
+    if rank * (rows + cols + 1) >= rows * cols:
+        return m
+    _, vectors = torch.linalg.eigh(matrix.T @ matrix)
+    leading = vectors[:, -rank:]
+    return from_matrix(f, name, matrix @ leading @ leading.T, m)
+
+
+def as_matrix(f: Federation, name: str, u: Tensor) -> Tensor:
+    """One parameter as a matrix `(out, in)`."""
     if name in f.transposed:
-        matrix = u.T
-    elif name in f.tokens:
-        matrix = u[0]
-    else:
-        matrix = u.flatten(1)
-    o = newton_schulz(matrix) * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
-    return (o.T if name in f.transposed else o).reshape(u.shape)
+        return u.T
+    return u[0] if name in f.tokens else u.flatten(1)
+
+
+def from_matrix(f: Federation, name: str, matrix: Tensor, like: Tensor) -> Tensor:
+    return (matrix.T if name in f.transposed else matrix).reshape(like.shape)
+
+
+def orthogonalised(
+    f: Federation, name: str, u: Tensor, orthogonal: Callable[[Tensor], Tensor] = newton_schulz
+) -> Tensor:
+    """`NS₅(u)·√max(1, out/in)` of one parameter as a matrix `(out, in)`."""
+    matrix = as_matrix(f, name, u)
+    o = orthogonal(matrix) * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
+    return from_matrix(f, name, o, u)
 
 
 def sgd(f: Federation, *, momentum: float = 0.0, decay: float = 0.0) -> Direction:
@@ -69,7 +107,13 @@ def adamw(
 
 
 def muon(
-    f: Federation, *, beta: float = 0.98, decay: float = 0.01, multiplier: float = 1.0, M: Named | None = None
+    f: Federation,
+    *,
+    beta: float = 0.98,
+    decay: float = 0.01,
+    multiplier: float = 1.0,
+    M: Named | None = None,
+    orthogonal: Callable[[Tensor], Tensor] = newton_schulz,
 ) -> Direction:
     """`M` is updated in place."""
     M = f.zeros() if M is None else M
@@ -80,7 +124,7 @@ def muon(
         for n in f.hidden:
             M[n] = beta * M[n] + (1 - beta) * g[n]
             u = (1 - beta) * g[n] + beta * M[n]
-            p[n] = multiplier * orthogonalised(f, n, u) + decay * y[n]
+            p[n] = multiplier * orthogonalised(f, n, u, orthogonal) + decay * y[n]
         return p
 
     return direction

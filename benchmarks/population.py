@@ -22,8 +22,9 @@ from fedkernels.contract import Algorithm, Round, Task, Vectors
 from fedkernels.data.datasets import Dataset
 from fedkernels.data.partition import Partition
 from fedkernels.federated.batches import LocalWork
-from fedkernels.federated.engine import Engine, EngineSettings
+from fedkernels.federated.engine import Engine
 from fedkernels.federated.objective import Objective
+from fedkernels.federated.settings import EngineSettings
 
 SHAPE, CLASSES = (1, 2, 6), 4
 

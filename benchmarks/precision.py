@@ -24,8 +24,9 @@ from fedkernels.algorithms import FedAvg
 from fedkernels.data.datasets import Dataset
 from fedkernels.data.partition import Partition
 from fedkernels.federated.batches import LocalWork
-from fedkernels.federated.engine import Engine, EngineSettings
+from fedkernels.federated.engine import Engine
 from fedkernels.federated.objective import Objective, Precision
+from fedkernels.federated.settings import EngineSettings
 from fedkernels.models.attention import Vit
 from fedkernels.optim import AdamW, Sgd
 

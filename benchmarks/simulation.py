@@ -25,8 +25,9 @@ from fedkernels.algorithms import FedAvg
 from fedkernels.data.datasets import Dataset
 from fedkernels.data.partition import Partition
 from fedkernels.federated.batches import LocalWork
-from fedkernels.federated.engine import Engine, EngineSettings
+from fedkernels.federated.engine import Engine
 from fedkernels.federated.objective import Objective
+from fedkernels.federated.settings import EngineSettings
 from fedkernels.models import MODELS
 
 # In float64 what is left is the 1e-6 that `clip_grad_norm_` adds to a norm. In float32 the order of sums decides now

@@ -25,7 +25,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
 from .algorithms import ALGORITHMS
-from .contract import Algorithm, Codec, LocalOptimizer
+from .contract import Algorithm, LocalOptimizer
 from .data import DATASETS, PARTITIONS
 from .data.datasets import Dataset
 from .data.partition import Partition
@@ -37,6 +37,7 @@ from .layout import Role
 from .models import MODELS
 from .optim import OPTIMIZERS
 from .privacy.mechanism import Privacy
+from .wire import Codec
 
 
 class ModelChoice(Protocol):

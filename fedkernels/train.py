@@ -21,8 +21,9 @@ from .data.partition import Partition
 from .federated.batches import LocalWork
 from .federated.codecs import codec_notes
 from .federated.collectives import Collectives, join, pick_device
-from .federated.engine import Engine, EngineSettings
+from .federated.engine import Engine
 from .federated.objective import Objective
+from .federated.settings import EngineSettings
 from .metrics import MetricsWriter, Progress
 from .rng import Purpose, stream
 from .run_folder import check_unused, fingerprint, open_run, save_model

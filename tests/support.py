@@ -22,8 +22,9 @@ from fedkernels.data.datasets import Dataset
 from fedkernels.data.partition import Partition
 from fedkernels.federated.batches import LocalWork
 from fedkernels.federated.collectives import Collectives
-from fedkernels.federated.engine import Engine, EngineSettings
+from fedkernels.federated.engine import Engine
 from fedkernels.federated.objective import Objective
+from fedkernels.federated.settings import EngineSettings
 from fedkernels.layout import Role, infer_roles
 
 CLIENTS, CLASSES = 12, 4

@@ -10,10 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..contract import Algorithm, Round, Task, Vectors, Wire
+from ..contract import Algorithm, Round, Task, Vectors
 from ..federated.local import rescale_, run_local
 from ..layout import Layout
 from ..optim import Sgd
+from ..wire import Wire
 
 
 @dataclass(frozen=True, kw_only=True)

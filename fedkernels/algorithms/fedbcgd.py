@@ -10,10 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..contract import Algorithm, LocalOptimizer, Round, Task, Vectors, Wire, layout_for
+from ..contract import Algorithm, LocalOptimizer, Round, Task, Vectors, layout_for
 from ..federated.local import run_local
 from ..layout import Layout, Role, infer_roles
 from ..optim import Sgd
+from ..wire import Wire
 
 
 @dataclass(frozen=True, kw_only=True)

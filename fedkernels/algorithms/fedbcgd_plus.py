@@ -9,9 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..contract import Batch, Round, Task, Vectors, Wire
+from ..contract import Batch, Round, Task, Vectors
 from ..federated.local import run_local
 from ..layout import Layout
+from ..wire import Wire
 from .fedbcgd import FedBcgd
 
 

@@ -9,9 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..contract import Algorithm, Round, Task, Vectors, Wire
+from ..contract import Algorithm, Round, Task, Vectors
 from ..federated.local import run_local
 from ..layout import Layout, Route
+from ..wire import Wire
 
 
 @dataclass(frozen=True, kw_only=True)

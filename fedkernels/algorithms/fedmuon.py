@@ -10,13 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..contract import Algorithm, Round, Task, Vectors, Wire
+from ..contract import Algorithm, Round, Task, Vectors
 from ..federated.codecs import LowRank
 from ..federated.local import run_local
 from ..kernels.newton_schulz import Orthogonalization
 from ..layout import Layout, Role
 from ..optim import Muon
 from ..optim.muon import require_matrices
+from ..wire import Wire
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..contract import Algorithm, Round, Task, Vectors, Wire
+from ..contract import Algorithm, Round, Task, Vectors
 from ..federated.local import rescale_, run_local, sam_gradient
 from ..layout import Layout
 from ..optim import Sgd
+from ..wire import Wire
 
 
 @dataclass(frozen=True, kw_only=True)

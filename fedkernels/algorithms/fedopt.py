@@ -10,10 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..contract import Algorithm, LocalOptimizer, Round, Task, Vectors, Wire
+from ..contract import Algorithm, LocalOptimizer, Round, Task, Vectors
 from ..federated.local import run_local
 from ..layout import Layout
 from ..optim import Sgd
+from ..wire import Wire
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..contract import Wire
 from ..layout import Layout
+from ..wire import Wire
 
 CHUNK = 2**20  # columns that are widened to float64 at once
 

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..contract import Vectors, Wire
+from ..contract import Vectors
 from ..layout import Layout
 from ..privacy.mechanism import GaussianMechanism
+from ..wire import Wire
 from .collectives import Collectives
 
 

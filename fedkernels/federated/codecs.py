@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..contract import Codec, Payload, Wire
 from ..layout import Layout, Slab
 from ..rng import Purpose, stream
+from ..wire import Codec, Payload, Wire
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..contract import Algorithm, Batch, Codec, Round, Vectors
+from ..contract import Algorithm, Batch, Round, Vectors
 from ..data.partition import Partition
 from ..layout import Role
 from ..privacy.accountant import Accountant
-from ..privacy.mechanism import GaussianMechanism, Privacy, check
+from ..privacy.mechanism import GaussianMechanism, check
 from .aggregate import Aggregator, protocol_bytes
-from .batches import Batches, LocalWork
+from .batches import Batches
 from .codecs import Encoder, with_codec
 from .collectives import Collectives
-from .evaluators import BoundModule, Choice, Evaluator, EvaluatorName, choose, make_evaluator
+from .evaluators import BoundModule, Choice, Evaluator, choose, make_evaluator
 from .objective import Objective
-from .schedule import LrSchedule, assign_blocks, learning_rate, place, sample_cohort
+from .schedule import assign_blocks, learning_rate, place, sample_cohort
+from .settings import EngineSettings
 from .store import ClientStore
 from .task import LocalTask
 
@@ -34,42 +34,6 @@ LOSS_SUM, LOSS_COUNT, CLIENTS, DROPPED, STOP, N_SLOTS = range(6)
 
 class NonFiniteUpdateError(FloatingPointError):
     """A client sent NaN or infinity."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """How rounds are run.
-
-    Args:
-        rounds: R, also the length of the cosine schedule.
-        cohort: clients per round, S; under Poisson sampling the expected number.
-        clip_norm: l2 norm that every mini-batch gradient is clipped to; infinity for none.
-        codec: of what clients send on wires like params that have none of their own; None sends floats.
-        weighting: `uniform` averages clients, `samples` weights them by their number of samples.
-        clients_per_batch: clients a rank trains at once; None lets the evaluator decide.
-        placement: `estimated` balances local steps over ranks, `measured` also each rank's measured speed.
-        reduce_dtype: of sums over clients; `float64` makes float32 results independent of ranks and their order.
-        store_memory_bytes: client state held in memory per rank before pages are mapped from files.
-        privacy: how an algorithm's private wires are released; they need it, and no other wires may be there with it.
-    """
-
-    seed: int = 0
-    rounds: int
-    cohort: int
-    work: LocalWork
-    lr: float
-    schedule: LrSchedule = "cosine"
-    sampling: Literal["uniform", "poisson"] = "uniform"
-    weighting: Literal["uniform", "samples"] = "uniform"
-    clip_norm: float = 10.0
-    codec: Codec | None = None
-    evaluator: EvaluatorName = "auto"
-    clients_per_batch: int | None = None
-    placement: Literal["estimated", "measured"] = "estimated"
-    reduce_dtype: Literal["float64", "float32"] = "float64"
-    on_nonfinite: Literal["error", "drop_client"] = "error"
-    store_memory_bytes: float = 2.0**30
-    privacy: Privacy | None = None
 
 
 class Engine:

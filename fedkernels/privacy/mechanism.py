@@ -14,8 +14,8 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from ..contract import Wire
 from ..rng import Purpose, stream
+from ..wire import Wire
 
 
 def _public(value: Any) -> Any:

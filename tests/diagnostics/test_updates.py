@@ -10,10 +10,11 @@ import torch
 from support import tiny_model, tiny_roles
 
 from fedkernels.algorithms import ALGORITHMS, FedAdamW, FedMuon
-from fedkernels.contract import Algorithm, Wire
+from fedkernels.contract import Algorithm
 from fedkernels.diagnostics import updates as updates_module
 from fedkernels.diagnostics.updates import agreement, aligned_wires, by_layer, drift
 from fedkernels.layout import Layout
+from fedkernels.wire import Wire
 
 
 @pytest.mark.parametrize("chunk", [4, 2**20])

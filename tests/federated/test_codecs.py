@@ -12,11 +12,12 @@ from support import CLIENTS, run_rounds, tiny_engine, tiny_model, tiny_roles
 from torch import Tensor
 
 from fedkernels.algorithms import FedAdamW, FedAvg, FedBcgd, FedMuon, Scaffold
-from fedkernels.contract import Algorithm, Codec, Payload, Task, Vectors, Wire
+from fedkernels.contract import Algorithm, Task, Vectors
 from fedkernels.federated.codecs import CODECS, Bf16, Encoder, Int8, LowRank, TopK, codec_notes, with_codec
 from fedkernels.federated.engine import Engine, NonFiniteUpdateError
 from fedkernels.federated.schedule import assign_blocks, place, sample_cohort
 from fedkernels.layout import Layout, Role, Slab
+from fedkernels.wire import Codec, Payload, Wire
 
 DTYPES = [torch.float32, torch.float64]
 EVERY_CODEC: list[Codec] = [

@@ -11,10 +11,10 @@ from rank_checks import block_plan, each_collective
 from support import on_ranks, tiny_model, tiny_roles
 
 from fedkernels.algorithms import FedBcgd
-from fedkernels.contract import Wire
 from fedkernels.federated.aggregate import Aggregator, protocol_bytes
 from fedkernels.federated.collectives import Collectives, pick_device
 from fedkernels.layout import Layout
+from fedkernels.wire import Wire
 
 WORLD = 3
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from fedkernels.contract import Algorithm
 from fedkernels.data.datasets import Dataset
 from fedkernels.federated.batches import LocalWork
-from fedkernels.federated.engine import Engine, EngineSettings
+from fedkernels.federated.engine import Engine
 from fedkernels.federated.objective import Objective
+from fedkernels.federated.settings import EngineSettings
 from fedkernels.layout import Layout, Role, infer_roles
 from fedkernels.models import MODELS
 from fedkernels.privacy.mechanism import seeded_normal

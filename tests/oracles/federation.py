@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedkernels.federated.batches import Batches
-from fedkernels.federated.engine import EngineSettings
 from fedkernels.federated.schedule import sample_cohort
+from fedkernels.federated.settings import EngineSettings
 
 Named = dict[str, Tensor]
 Direction = Callable[[Named, Named, int], Named]

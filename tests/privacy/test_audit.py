@@ -14,12 +14,12 @@ import torch
 from scipy import stats
 from torch import nn
 
-from fedkernels.contract import Wire
 from fedkernels.federated.aggregate import Aggregator
 from fedkernels.federated.collectives import Collectives
 from fedkernels.layout import Layout
 from fedkernels.privacy.accountant import Accountant
 from fedkernels.privacy.mechanism import GaussianMechanism, Privacy
+from fedkernels.wire import Wire
 
 SIGMA, CLIP, DELTA, DRAWS = 1.0, 0.5, 0.05, 4000
 THRESHOLDS = np.linspace(-1, 4, 26)

@@ -14,7 +14,7 @@ from support import CLIENTS, on_ranks, tiny_engine
 from torch import Tensor, nn
 
 from fedkernels.algorithms import DpFedAvg, FedAvg, Scaffold
-from fedkernels.contract import Algorithm, Round, Task, Vectors, Wire
+from fedkernels.contract import Algorithm, Round, Task, Vectors
 from fedkernels.federated.aggregate import Aggregator
 from fedkernels.federated.batches import LocalWork
 from fedkernels.federated.collectives import Collectives
@@ -22,6 +22,7 @@ from fedkernels.federated.schedule import sample_cohort
 from fedkernels.layout import Layout
 from fedkernels.privacy.mechanism import GaussianMechanism, Privacy, secure_normal, seeded_normal
 from fedkernels.rng import Purpose, stream
+from fedkernels.wire import Wire
 
 SEEDED = Privacy(noise_multiplier=0.7, clip=0.05, delta=0.01, noise_seed=7)
 LAYOUT = Layout.of(nn.Linear(6, 4))

@@ -1,0 +1,48 @@
+"""How rounds are run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..privacy.mechanism import Privacy
+from ..wire import Codec
+from .batches import LocalWork
+from .evaluators import EvaluatorName
+from .schedule import LrSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How rounds are run.
+
+    Args:
+        rounds: R, also the length of the cosine schedule.
+        cohort: clients per round, S; under Poisson sampling the expected number.
+        clip_norm: l2 norm that every mini-batch gradient is clipped to; infinity for none.
+        codec: of what clients send on wires like params that have none of their own; None sends floats.
+        weighting: `uniform` averages clients, `samples` weights them by their number of samples.
+        clients_per_batch: clients a rank trains at once; None lets the evaluator decide.
+        placement: `estimated` balances local steps over ranks, `measured` also each rank's measured speed.
+        reduce_dtype: of sums over clients; `float64` makes float32 results independent of ranks and their order.
+        store_memory_bytes: client state held in memory per rank before pages are mapped from files.
+        privacy: how an algorithm's private wires are released; they need it, and no other wires may be there with it.
+    """
+
+    seed: int = 0
+    rounds: int
+    cohort: int
+    work: LocalWork
+    lr: float
+    schedule: LrSchedule = "cosine"
+    sampling: Literal["uniform", "poisson"] = "uniform"
+    weighting: Literal["uniform", "samples"] = "uniform"
+    clip_norm: float = 10.0
+    codec: Codec | None = None
+    evaluator: EvaluatorName = "auto"
+    clients_per_batch: int | None = None
+    placement: Literal["estimated", "measured"] = "estimated"
+    reduce_dtype: Literal["float64", "float32"] = "float64"
+    on_nonfinite: Literal["error", "drop_client"] = "error"
+    store_memory_bytes: float = 2.0**30
+    privacy: Privacy | None = None

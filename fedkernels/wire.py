@@ -90,7 +90,7 @@ class Wire:
         ValueError: a codec on a private wire, or one with error feedback on a wire not like params, or of a state.
 
     Example:
-        >>> Wire("scalar").size(Layout.of(nn.Linear(3, 2)))
+        >>> Wire("scalar").size(Layout.of(torch.nn.Linear(3, 2)))
         1
     """
 

@@ -41,11 +41,12 @@ def run_local(
     for name, value in (state or {}).items():
         own[name].copy_(value)
     gradient = grad or task.grad
+    sampling = optimizer if isinstance(optimizer, SamplesCurvature) else None
     for k, batch in enumerate(task.batches(), start=1):
         g = gradient(y, batch)
         before = None if batch.active is None else {name: value.clone() for name, value in own.items()}
-        if isinstance(optimizer, SamplesCurvature) and optimizer.curvature_due(k):
-            optimizer.observe(own, *task.sampled_grad(y, batch, k))
+        if sampling is not None and sampling.curvature_due(k):
+            sampling.observe(own, *task.sampled_grad(y, batch, k))
         p = optimizer.step(own, g, y, k, task.layout)
         if direction is not None:
             p = direction(p)

@@ -32,6 +32,10 @@ class Aggregator:
         dtype: of the sums, and of what travels between ranks.
         slots: numbers the engine sends along.
         mechanism: releases the wires, which then are all private; None where none is.
+
+    Attributes:
+        slots: `[slots]`, summed over ranks by `reduce`.
+        weight: `[1]`, of the clients added, and by `reduce` of those of all ranks; 0 under privacy.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class Aggregator:
     def _allocate(self, cohort: int) -> None:
         sizes = [*self._heads, cohort, *self._sizes]
         self.bucket = torch.zeros(sum(sizes), dtype=self._dtype, device=self._like.device)
-        self.slots, self._weight, self._block_weights, self._norms, *payloads = self.bucket.split(sizes)
+        self.slots, self.weight, self._block_weights, self._norms, *payloads = self.bucket.split(sizes)
         self._sums = dict(zip(self._wires, payloads, strict=True))
         self._payload = self.bucket[sum(sizes) - sum(self._sizes) :]
         self._noise: Tensor | None = None
@@ -86,7 +90,7 @@ class Aggregator:
         if self._mechanism is not None:
             self._add_clipped({name: up[name][c] for name in self._wires}, position, self._mechanism)
             return
-        self._weight += weight
+        self.weight += weight
         if block is not None:
             self._block_weights[block] += weight
         for name, wire in self._wires.items():
@@ -125,7 +129,7 @@ class Aggregator:
         collectives.all_reduce(self.bucket)
         if self._sliced:
             collectives.reduce_blocks(self._block_sums, self._messages, holders)
-        weight = self._weight.clamp(min=torch.finfo(self.bucket.dtype).tiny)
+        weight = self.weight.clamp(min=torch.finfo(self.bucket.dtype).tiny)
         # A block without clients has sum 0 and weight 0: its mean is 0.
         block_weights = torch.where(self._block_weights > 0, self._block_weights, 1)
         agg: dict[str, Tensor] = {}

@@ -1,10 +1,4 @@
-"""Which backend runs an op, and why: `triton` on GPUs, `cpp` on CPUs, `reference` everywhere.
-
-Environment variables, all that the kernels read:
-
-    FEDKERNELS_BACKEND   reference, cpp or triton: every op runs on it, or raises where it cannot
-    TRITON_INTERPRET     1 runs Triton kernels on CPU tensors, slowly, to test them; read once, at import
-"""
+"""Which backend runs an op, and why: `triton` on GPUs, `cpp` on CPUs, `reference` everywhere."""
 
 from __future__ import annotations
 
@@ -21,6 +15,11 @@ from torch import Tensor
 Backend = Literal["triton", "cpp", "reference"]
 BACKENDS: tuple[Backend, ...] = ("triton", "cpp", "reference")  # in order of preference
 
+# Every environment variable that the kernels read.
+VARIABLES = {
+    "FEDKERNELS_BACKEND": "reference, cpp or triton: every op runs on it, or raises where it cannot",
+    "TRITON_INTERPRET": "1 runs Triton kernels on CPU tensors, slowly, to test them; read when fedkernels is imported",
+}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -42,6 +41,10 @@ MISSING: dict[Backend, str | None] = {
     "cpp": _load_extension(),
     "reference": None,
 }
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that cannot run an op here."""
 
 
 @dataclass(frozen=True)
@@ -96,21 +99,20 @@ def choose(
 
     Raises:
         ValueError: a backend of this name does not exist.
-        RuntimeError: the backend asked for cannot run this op here.
+        BackendError: the backend asked for cannot run this op here.
 
     Example:
         >>> choose("fused_adamw", ON_ROWS, "meta", torch.float32, (2, 10)).backend
         'reference'
     """
-    asked = backend or os.environ.get("FEDKERNELS_BACKEND")
-    if asked:
+    if asked := backend or os.environ.get("FEDKERNELS_BACKEND"):
         by = "backend" if backend else "FEDKERNELS_BACKEND"
-        for known in BACKENDS:
-            if known == asked:
-                if (reason := _refusal(known, rules, device, dtype, shape)) is not None:
-                    raise RuntimeError(f"{by}={asked} cannot run {op}: {reason}")
-                return Choice(known, f"asked for by {by}", {})
-        raise ValueError(f"{by}={asked}: unknown backend, expected one of {', '.join(BACKENDS)}")
+        named = next((known for known in BACKENDS if known == asked), None)
+        if named is None:
+            raise ValueError(f"{by}={asked}: unknown backend, expected one of {', '.join(BACKENDS)}")
+        if (reason := _refusal(named, rules, device, dtype, shape)) is not None:
+            raise BackendError(f"{by}={asked} cannot run {op}: {reason}")
+        return Choice(named, f"asked for by {by}", {})
     refused: dict[Backend, str] = {}
     for candidate in BACKENDS:
         if (reason := _refusal(candidate, rules, device, dtype, shape)) is None:

@@ -67,7 +67,7 @@ def fused_adamw(
 
     Raises:
         ValueError: a tensor is on another device, of another shape or dtype than above, or not contiguous.
-        RuntimeError: the backend asked for cannot run here.
+        BackendError: the backend asked for cannot run here.
 
     Example:
         >>> y, m, v, g = torch.ones(2, 3), torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3)

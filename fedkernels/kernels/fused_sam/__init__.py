@@ -40,7 +40,7 @@ def row_norm(g: Tensor, *, backend: str | None = None) -> Tensor:
 
     Raises:
         ValueError: `g` has another shape or dtype, or is not contiguous.
-        RuntimeError: the backend asked for cannot run here.
+        BackendError: the backend asked for cannot run here.
 
     Example:
         >>> row_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
@@ -87,7 +87,7 @@ def fused_sam(
     Raises:
         ValueError: not exactly one of `rho` and `coefficient`, or of `out` and `saved`; or a tensor is on another
             device, of another shape or dtype than above, or not contiguous.
-        RuntimeError: the backend asked for cannot run here.
+        BackendError: the backend asked for cannot run here.
 
     Example:
         >>> y, saved = torch.zeros(1, 2), torch.empty(1, 2)

@@ -23,11 +23,12 @@ def partial_kernel(g_ptr, partial_ptr, d, parts, SIZE: tl.constexpr):
     """Sum of squares, in float64, of every `parts`-th tile of a row."""
     pid = tl.program_id(0)
     row = (pid // parts).to(tl.int64) * d
+    cols = (pid % parts).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     total = tl.zeros((SIZE,), tl.float64)
-    for tile in range(pid % parts, tl.cdiv(d, SIZE), parts):
-        cols = tile.to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    for _ in range(pid % parts, tl.cdiv(d, SIZE), parts):
         g = tl.load(g_ptr + row + cols, cols < d, other=0.0).to(tl.float64)
         total += g * g
+        cols += parts * SIZE
     tl.store(partial_ptr + pid, tl.sum(total, 0))
 
 

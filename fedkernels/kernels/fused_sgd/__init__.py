@@ -57,7 +57,7 @@ def fused_sgd(
     Raises:
         ValueError: a tensor is on another device, of another shape or dtype than above, or not contiguous; or there is
             momentum without `m`.
-        RuntimeError: the backend asked for cannot run here.
+        BackendError: the backend asked for cannot run here.
 
     Example:
         >>> y, m = torch.ones(2, 3), torch.zeros(2, 3)

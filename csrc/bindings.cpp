@@ -50,8 +50,7 @@ std::vector<double> scalars(const OptionalTensor& tensor, int64_t clients, doubl
 template <class F>
 void for_each_chunk(int64_t clients, int64_t d, const F& work) {
   const int64_t chunks = (d + kChunk - 1) / kChunk;
-  constexpr int64_t kGrain = 4;
-  at::parallel_for(0, chunks * clients, kGrain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, chunks * clients, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t first = unit / clients * kChunk;
       work(unit % clients, first, std::min(kChunk, d - first));
@@ -187,9 +186,12 @@ void fused_sam(const Tensor& w, const Tensor& direction, const OptionalTensor& s
       for (double& norm : coefficients) norm = rho / (norm + eps);
       coefficients.resize(clients, coefficients.front());
     }
+    constexpr int64_t kCacheBytes = 32 << 20;
+    const bool past_caches = all * static_cast<int64_t>(sizeof(T)) >= kCacheBytes;
     for_each_chunk(clients, d, [&](int64_t c, int64_t first, int64_t size) {
       const int64_t at = c * d + first;
-      perturb(size, T(coefficients[c]), along + (one_row ? first : at), from + at, to + at, kept ? kept + at : kept);
+      const G* direction_at = along + (one_row ? first : at);
+      perturb(size, T(coefficients[c]), direction_at, from + at, to + at, kept ? kept + at : kept, past_caches);
     });
   });
 }

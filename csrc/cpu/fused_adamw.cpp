@@ -10,19 +10,22 @@ namespace {
 template <class T, class G>
 INLINE void run(int64_t n, const Adamw<T>& o, const Step<T>& step, const Rows<T, G>& rows) {
   if (!step.active) return skip_step(n, rows);
-  T g[kTile], p[kTile];
   for (int64_t k = 0; k < n; k += kTile) {
     const int64_t size = std::min(kTile, n - k);
     const Rows<T, G> tile = rows.at(k, k);
-    load_gradient(size, g, tile.g, step.scale);
-    T *__restrict m = tile.m, *__restrict v = tile.v;
-    const T* __restrict source = tile.source;
+    prefetch_ahead(k, n, rows);
+    T *__restrict m = tile.m, *__restrict v = tile.v, *y = tile.y;
+    const T *source = tile.source, *__restrict global = global_or_zeros(tile.global);
+    const G* __restrict gradient = tile.g;
+#pragma GCC ivdep  // `source` is `y` itself or does not overlap it
     for (int64_t i = 0; i < size; ++i) {
-      m[i] = o.beta1 * m[i] + o.one_minus_beta1 * g[i];
-      v[i] = o.beta2 * v[i] + o.one_minus_beta2 * (g[i] * g[i]);
-      p[i] = m[i] * o.correction1 / (std::sqrt(v[i] * o.correction2) + o.eps) + o.weight_decay * source[i];
+      const T g = step.scale * widen(gradient[i]);
+      m[i] = o.beta1 * m[i] + o.one_minus_beta1 * g;
+      v[i] = o.beta2 * v[i] + o.one_minus_beta2 * (g * g);
+      const T local = m[i] * o.correction1 / (std::sqrt(v[i] * o.correction2) + o.eps);
+      y[i] = moved(source[i], local + o.weight_decay * source[i], global[i], step);
     }
-    take_step(size, p, step, tile);
+    write_delta(size, tile);
   }
 }
 

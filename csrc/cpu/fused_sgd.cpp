@@ -9,17 +9,25 @@ namespace {
 template <class T, class G>
 INLINE void run(int64_t n, const Sgd<T>& o, const Step<T>& step, const Rows<T, G>& rows) {
   if (!step.active) return skip_step(n, rows);
-  T p[kTile];
   for (int64_t k = 0; k < n; k += kTile) {
     const int64_t size = std::min(kTile, n - k);
     const Rows<T, G> tile = rows.at(k, k);
-    load_gradient(size, p, tile.g, step.scale);
-    const T* __restrict source = tile.source;
-    if (o.weight_decay != T(0))
-      for (int64_t i = 0; i < size; ++i) p[i] += o.weight_decay * source[i];
-    if (T* __restrict m = tile.m)
-      for (int64_t i = 0; i < size; ++i) p[i] = m[i] = o.momentum * m[i] + p[i];
-    take_step(size, p, step, tile);
+    prefetch_ahead(k, n, rows);
+    T *__restrict m = tile.m, *y = tile.y;
+    const T *source = tile.source, *__restrict global = global_or_zeros(tile.global);
+    const G* __restrict gradient = tile.g;
+    if (m) {
+#pragma GCC ivdep  // `source` is `y` itself or does not overlap it
+      for (int64_t i = 0; i < size; ++i) {
+        m[i] = o.momentum * m[i] + (step.scale * widen(gradient[i]) + o.weight_decay * source[i]);
+        y[i] = moved(source[i], m[i], global[i], step);
+      }
+    } else {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < size; ++i)
+        y[i] = moved(source[i], step.scale * widen(gradient[i]) + o.weight_decay * source[i], global[i], step);
+    }
+    write_delta(size, tile);
   }
 }
 

@@ -22,6 +22,21 @@ struct Rows {
   }
 };
 
+// Ask for the lines of a later tile: with five streams that is more than the processor does by itself. Streams take
+// turns, as they do in the computation.
+template <class T, class G>
+INLINE void prefetch_ahead(int64_t k, int64_t n, const Rows<T, G>& rows) {
+  if (k + kAhead >= n) return;
+  const Rows<T, G> ahead = rows.at(k + kAhead, k + kAhead);
+  for (int64_t i = 0; i < kTile; i += 64 / static_cast<int64_t>(sizeof(T))) {
+    __builtin_prefetch(ahead.source + i);
+    if (ahead.m) __builtin_prefetch(ahead.m + i);
+    if (ahead.v) __builtin_prefetch(ahead.v + i);
+    __builtin_prefetch(ahead.g + i);
+    if (ahead.global) __builtin_prefetch(ahead.global + i);
+  }
+}
+
 // How the direction becomes a step: `y ← source − η (share · p + α G)`.
 template <class T>
 struct Step {
@@ -47,25 +62,17 @@ INLINE void write_delta(int64_t n, const Rows<T, G>& rows) {
     for (int64_t i = 0; i < n; ++i) delta[i] = y[i] - x[i];
 }
 
-// `g ← scale · gradient` of one tile, in the dtype of the parameters.
-template <class T, class G>
-INLINE void load_gradient(int64_t n, T* __restrict g, const G* __restrict gradient, T scale) {
-  for (int64_t i = 0; i < n; ++i) g[i] = scale * widen(gradient[i]);
+// `start − η (share · p + α G)`.
+template <class T>
+INLINE T moved(T start, T p, T global, const Step<T>& step) {
+  return start - step.lr * (step.share * p + step.alpha * global);
 }
 
-// `y ← source − η (share · p + α G)` of one tile, and `delta ← y − x`.
-template <class T, class G>
-INLINE void take_step(int64_t n, T* __restrict p, const Step<T>& step, const Rows<T, G>& rows) {
-  const T* __restrict global = rows.global;
-  const T* source = rows.source;
-  T* y = rows.y;
-  if (step.share != T(1))
-    for (int64_t i = 0; i < n; ++i) p[i] *= step.share;
-  if (global)
-    for (int64_t i = 0; i < n; ++i) p[i] += step.alpha * global[i];
-#pragma GCC ivdep  // `source` is `y` itself or does not overlap it
-  for (int64_t i = 0; i < n; ++i) y[i] = source[i] - step.lr * p[i];
-  write_delta(n, rows);
+// The global direction of a tile, zeros where there is none: a loop without a branch is one for all options.
+template <class T>
+INLINE const T* global_or_zeros(const T* global) {
+  alignas(64) static const T zeros[kTile] = {};
+  return global ? global : zeros;
 }
 
 // What a client without a step left does: its parameters are restored and its delta is written.
@@ -75,11 +82,12 @@ INLINE void skip_step(int64_t n, const Rows<T, G>& rows) {
   write_delta(n, rows);
 }
 
-#define FEDKERNELS_DECLARE(T, G)                                                         \
-  void adamw(int64_t n, const Adamw<T>&, const Step<T>&, const Rows<T, G>&);             \
-  void sgd(int64_t n, const Sgd<T>&, const Step<T>&, const Rows<T, G>&);                 \
-  /* `w ← source + coefficient · direction`, and `saved ← source` before that */         \
-  void perturb(int64_t n, T coefficient, const G* direction, const T* source, T* w, T* saved); \
+// `perturb` is `w ← source + coefficient · direction`, and `saved ← source` before that; `past_caches` is for buffers
+// that no cache could hold.
+#define FEDKERNELS_DECLARE(T, G)                                                                                 \
+  void adamw(int64_t n, const Adamw<T>&, const Step<T>&, const Rows<T, G>&);                                     \
+  void sgd(int64_t n, const Sgd<T>&, const Step<T>&, const Rows<T, G>&);                                         \
+  void perturb(int64_t n, T coefficient, const G* direction, const T* source, T* w, T* saved, bool past_caches); \
   double sum_of_squares(int64_t n, const G* g);
 FEDKERNELS_DECLARE(float, float)
 FEDKERNELS_DECLARE(float, Bf16)

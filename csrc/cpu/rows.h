@@ -15,10 +15,12 @@
 
 namespace fedkernels {
 
-// Elements whose intermediate values stay in the first-level cache while simple loops go over them one after another.
-constexpr int64_t kTile = 256;
-// Elements of a row that are one unit of work: four pages of float32, the same whatever the number of threads.
-constexpr int64_t kChunk = 4096;
+// Elements between two bursts of prefetches: few, or a burst waits for more lines than a core can have on their way.
+constexpr int64_t kTile = 64;
+// Elements of a row that are one unit of work, the same whatever the number of threads.
+constexpr int64_t kChunk = 16384;
+// How far ahead of the computation memory is asked for: with five streams, more than the processor does by itself.
+constexpr int64_t kAhead = 512;
 
 struct Bf16 {
   uint16_t bits;
@@ -31,6 +33,13 @@ INLINE float widen(Bf16 value) {
   float wide;
   std::memcpy(&wide, &bits, sizeof wide);
   return wide;
+}
+
+template <class T>
+INLINE void prefetch_tile(const T* stream) {
+  constexpr int64_t kPerLine = 64 / sizeof(T);
+  if (stream)
+    for (int64_t i = 0; i < kTile; i += kPerLine) __builtin_prefetch(stream + i);
 }
 
 }  // namespace fedkernels

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.rows import BACKENDS, CLIENTS, COMPILED, DEVICE, SIZES, WIDE, assert_near, poison, row, rows, scalar
+from kernel_rows import BACKENDS, CLIENTS, COMPILED, DEVICE, SIZES, WIDE, assert_near, poison, row, rows, scalar
 from torch import Tensor
 
 from fedkernels.kernels.fused_adamw import fused_adamw

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.rows import BACKENDS, CLIENTS, COMPILED, DEVICE, SIZES, WIDE, assert_near, poison, row, rows, scalar
+from kernel_rows import BACKENDS, CLIENTS, COMPILED, DEVICE, SIZES, WIDE, assert_near, poison, row, rows, scalar
 from torch import Tensor, nn
 
 from fedkernels.kernels.fused_adamw import fused_adamw
@@ -105,6 +105,19 @@ def test_one_direction_for_all_clients(backend: str) -> None:
     y, direction, out = rows(3, 300, 0), row(300, 1), poison(3, 300)
     fused_sam(y, direction, rho=RHO, eps=0.5, out=out, backend=backend)
     assert_near(out, y.double() + RHO * direction.double() / (direction.double().norm() + 0.5))
+
+
+@pytest.mark.parametrize("d", [2**23 + 4, 2**22 + 3])
+def test_rows_that_no_cache_holds(d: int) -> None:
+    """The C++ kernel writes them another way, which needs 16-byte boundaries and falls back without."""
+    clients = 1 if d % 4 == 0 else 3
+    y, g = rows(clients, 64, 0).repeat(1, d // 64 + 1)[:, :d].contiguous(), rows(clients, d, 1)
+    start, out, saved = y.clone(), poison(clients, d), poison(clients, d)
+    fused_sam(y, g, coefficient=scalar(0.5), out=out)
+    torch.testing.assert_close(out, start + 0.5 * g, rtol=1e-6, atol=1e-6)
+    fused_sam(y, g, coefficient=scalar(0.5), saved=saved)
+    assert torch.equal(saved, start)
+    assert torch.equal(y, out)
 
 
 @pytest.mark.parametrize("backend", WIDE)

@@ -15,7 +15,7 @@ BACKENDS = ["triton"] if INTERPRETED else ["reference", "triton" if DEVICE.type 
 WIDE = ["reference"] if INTERPRETED else [backend for backend in BACKENDS if backend != "triton"]  # know float64
 COMPILED = [backend for backend in BACKENDS if backend != "reference"]
 # One element, odd sizes around a tile and a chunk of every backend, and several of them; the interpreter is slow.
-SIZES = [1, 257, 4097] if INTERPRETED else [1, 255, 257, 1023, 4097, 9001]
+SIZES = [1, 257, 4097] if INTERPRETED else [1, 255, 257, 1023, 9001, 32_769]
 CLIENTS = [1, 2, 5]
 
 

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -283,8 +282,9 @@ def main() -> None:
                         print(*rows[-1], sep="  ", flush=True)
                         details.append(result)
     columns = ["op", "rows", "gradient", "threads", "variant", "B/parameter", "ms", "GB/s", "of a copy", "time / ours"]
+    table = {"columns": columns, "rows": rows}
     settings = {"huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0") == "1"}
-    report(f"kernels-{device.type}", {"columns": columns, "rows": rows}, {**settings, "runs": details}, Path(options.out))
+    report(f"kernels-{device.type}", table, {**settings, "runs": details}, options.out)
 
 
 if __name__ == "__main__":

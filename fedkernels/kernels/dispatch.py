@@ -168,4 +168,5 @@ def require_scalars(name: str, tensor: Tensor | None, like: Tensor, clients: int
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, expected {like.device}")
     if tensor.numel() not in (1, clients) or not tensor.is_contiguous():
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected one value or one for each of {clients} clients")
+        expected = f"one value or one for each of {clients} clients"
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {expected}")

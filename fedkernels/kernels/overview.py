@@ -18,7 +18,7 @@ SHAPES: dict[str, tuple[int, int]] = {
     "gpt2": (1, 124_439_808),
 }
 
-OPS: dict[str, Mapping[Backend, Rule]] = {name: ON_ROWS for name in ("fused_adamw", "fused_sgd", "fused_sam", "row_norm")}
+OPS: dict[str, Mapping[Backend, Rule]] = dict.fromkeys(("fused_adamw", "fused_sgd", "fused_sam", "row_norm"), ON_ROWS)
 
 
 def overview() -> str:

@@ -38,11 +38,7 @@ def place(clients, d, SIZE: tl.constexpr):
 @triton.jit
 def scalar(ptr, client, PER_CLIENT: tl.constexpr):
     """A scalar argument in float32: one value, or one for each client."""
-    if PER_CLIENT:
-        value = tl.load(ptr + client)
-    else:
-        value = tl.load(ptr)
-    return value.to(tl.float32)
+    return tl.load(ptr + client if PER_CLIENT else ptr).to(tl.float32)
 
 
 @triton.jit

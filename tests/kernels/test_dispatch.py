@@ -59,7 +59,7 @@ def test_falls_back_where_something_is_missing(monkeypatch: pytest.MonkeyPatch) 
     choice = chosen()
     assert choice.backend == "reference"
     assert choice.refused == {"triton": "runs on cuda, not on cpu", "cpp": "extension not built"}
-    with pytest.raises(BackendError, match="^backend=cpp cannot run fused_adamw: extension not built$"):
+    with pytest.raises(BackendError, match=r"^backend=cpp cannot run fused_adamw: extension not built$"):
         chosen(backend="cpp")
 
 
@@ -69,7 +69,7 @@ def test_by_request(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen() == Choice("reference", "asked for by FEDKERNELS_BACKEND", {})
     assert chosen(backend="cpp").backend == "cpp"
     monkeypatch.setenv("FEDKERNELS_BACKEND", "triton")
-    with pytest.raises(BackendError, match="FEDKERNELS_BACKEND=triton cannot run fused_adamw: runs on cuda, not on cpu"):
+    with pytest.raises(BackendError, match="FEDKERNELS_BACKEND=triton cannot run fused_adamw: runs on cuda"):
         chosen()
     monkeypatch.setenv("FEDKERNELS_BACKEND", "cuda")
     with pytest.raises(ValueError, match="FEDKERNELS_BACKEND=cuda: unknown backend, expected one of triton, cpp, refe"):
@@ -80,7 +80,7 @@ def test_an_op_refuses_as_the_dispatcher_does() -> None:
     y, m, v, g = torch.zeros(4, 2, 5).unbind()
     one = torch.ones(())
     constants = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-    with pytest.raises(BackendError, match="backend=triton cannot run fused_adamw: runs on cuda, not on cpu"):
+    with pytest.raises(BackendError, match="backend=triton cannot run fused_adamw: runs on cuda"):
         fused_adamw(y, m, v, g, lr=one, step=one, v_steps=one, **constants, backend="triton")
     with pytest.raises(ValueError, match="backend=fast: unknown backend"):
         fused_adamw(y, m, v, g, lr=one, step=one, v_steps=one, **constants, backend="fast")

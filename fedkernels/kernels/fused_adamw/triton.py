@@ -43,7 +43,8 @@ def adamw_tile(
 
 @triton.jit
 def adamw_kernel(
-    y_ptr, m_ptr, v_ptr, g_ptr, lr_ptr, step_ptr, v_steps_ptr, G_ptr, scale_ptr, active_ptr, source_ptr, x_ptr, delta_ptr,
+    y_ptr, m_ptr, v_ptr, g_ptr, lr_ptr, step_ptr, v_steps_ptr,
+    G_ptr, scale_ptr, active_ptr, source_ptr, x_ptr, delta_ptr,
     clients, d, beta1, one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps, weight_decay, share, alpha,
     LR_PER_CLIENT: tl.constexpr, STEP_PER_CLIENT: tl.constexpr, V_STEPS_PER_CLIENT: tl.constexpr,
     SCALE_PER_CLIENT: tl.constexpr, SIZE: tl.constexpr,

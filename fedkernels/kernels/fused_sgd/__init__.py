@@ -48,8 +48,8 @@ def fused_sgd(
         G: global direction `[d]`, the same for all clients.
         scale: c, a factor of each client's gradient, such as that of clipping; one value or `[C]`.
         active: `[C]` bool; other rows keep parameters and momentum.
-        source: `[C, d]` what `y` is computed from instead of `y`, such as the parameters before a perturbation. Inactive
-            rows are restored from it as well.
+        source: `[C, d]`, what `y` is computed from instead of itself, such as the parameters before a perturbation;
+            inactive rows are restored from it as well.
         x: start of the round `[d]`, for `delta`.
         delta: `[C, d]`, receives `y − x` of the new `y` in all rows.
         backend: `reference`, `cpp` or `triton`; by default the fastest that can run.

@@ -26,6 +26,12 @@ def test_row_norm(backend: str, clients: int, d: int, dtype: torch.dtype) -> Non
     assert torch.equal(row_norm(g[0], backend=backend), found[:1])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_norm_of_more_tiles_than_partial_sums(backend: str) -> None:
+    g = rows(1, 2**20 + 5000, 0)
+    assert_near(row_norm(g, backend=backend), g.double().norm(dim=1), 1)
+
+
 @pytest.mark.parametrize("backend", WIDE)
 def test_row_norm_float64(backend: str) -> None:
     g = rows(3, 9001, 0, dtype=torch.float64)

@@ -24,7 +24,6 @@ from .reference import fused_sam_reference, row_norm_reference
 
 if MISSING["cpp"] is None:
     torch.library.register_fake("fedkernels::fused_sam_cpp", lambda *arguments, **options: None)
-
     torch.library.register_fake("fedkernels::row_norm_cpp", row_norm_reference)
 
 

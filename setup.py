@@ -6,6 +6,40 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+
+
+def kernels():
+    """The C++ kernels as arguments of `setup`: compiled where torch and a compiler are, left out where they are not."""
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        print("fedkernels: no C++ kernels: torch is not here to build against (pip install --no-build-isolation)")
+        return {}
+
+    class BuildKernels(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # An editable install would build in a temporary folder and compile everything every time.
+            self.build_temp = str(here / "build" / "kernels")
+
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as error:  # whatever a compiler or linker can do wrong
+                print(f"fedkernels: no C++ kernels: {type(error).__name__}: {' '.join(str(error).split())}")
+
+    extension = CppExtension(
+        "fedkernels._C",
+        ["csrc/bindings.cpp", *(f"csrc/cpu/{op}.cpp" for op in ("fused_adamw", "fused_sam", "fused_sgd"))],
+        depends=["csrc/cpu/kernels.h", "csrc/cpu/rows.h"],
+        # Without contraction to fused multiply-adds every instruction set gives the same bits.
+        extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"],
+        extra_link_args=["-fopenmp"],
+        optional=True,
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}
+
+
 init = (here / "fedkernels" / "__init__.py").read_text()
 version = re.search(r'__version__ = "(.+)"', init).group(1)
 extras = {
@@ -19,10 +53,11 @@ extras = {
         "ruff>=0.9",
         "mypy>=1.13",
         "types-PyYAML",
+        "ninja",
     ],
 }
 # The tests cover what the optional packages do.
-extras["dev"] += extras["hf"] + extras["tensorboard"]
+extras["dev"] += extras["hf"] + extras["tensorboard"] + extras["triton"]
 
 setup(
     name="fedkernels",
@@ -48,4 +83,5 @@ setup(
     ],
     extras_require=extras,
     entry_points={"console_scripts": ["fedkernels=fedkernels.cli:main"]},
+    **kernels(),
 )

@@ -18,6 +18,7 @@ from .checkpoint import CheckpointError
 from .config import CHOICES, Config, ConfigError, describe, load, make, nearest, parse_overrides, parse_value
 from .diagnostics.settings import DiagnosisSettings
 from .federated.engine import NonFiniteUpdateError
+from .kernels.dispatch import BackendError
 
 TABLES = dict(
     zip(("algorithms", "optimizers", "models", "datasets", "partitions", "codecs"), CHOICES.values(), strict=True)
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (CheckpointError, NonFiniteUpdateError, OSError) as error:
+    except (BackendError, CheckpointError, NonFiniteUpdateError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return 130
@@ -121,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     report.add_argument("--out", type=Path, help="page to write; default report.html in the first run's parent folder")
     report.set_defaults(run=_report, overridable=False)
+
+    kernels = commands.add_parser("kernels", help="which backend runs each kernel here, and why the others do not")
+    kernels.set_defaults(run=_kernels, overridable=False)
     return parser
 
 
@@ -226,4 +230,11 @@ def _report(options: argparse.Namespace, rest: Sequence[str]) -> int:
     print(comparison_table(options.runs))
     out = options.out or options.runs[0].resolve().parent / "report.html"
     print(f"report: {write_report(options.runs, out)}")
+    return 0
+
+
+def _kernels(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from .kernels.overview import overview
+
+    print(overview())
     return 0

@@ -1,0 +1,222 @@
+// Tensors in, pointers out: checks, dispatch on dtype, threads. The operators mutate what their schemas mark and return
+// nothing else; their fakes are registered in Python, beside the entry points.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace fedkernels {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class T>
+constexpr at::ScalarType kDtype = c10::CppTypeToScalarType<T>::value;
+template <>
+constexpr at::ScalarType kDtype<Bf16> = at::kBFloat16;
+
+// The memory of a tensor that has to be contiguous, of one dtype and of one size; null where there is no tensor.
+template <class T>
+T* memory(const OptionalTensor& tensor, int64_t elements, const char* name) {
+  if (!tensor) return nullptr;
+  TORCH_CHECK(tensor->device().is_cpu(), name, " is on ", tensor->device(), ", expected cpu");
+  TORCH_CHECK(tensor->is_contiguous(), name, " is not contiguous");
+  TORCH_CHECK(tensor->scalar_type() == kDtype<T>, name, " is ", tensor->scalar_type(), ", expected ", kDtype<T>);
+  TORCH_CHECK(tensor->numel() == elements, name, " has ", tensor->numel(), " elements, expected ", elements);
+  return static_cast<T*>(tensor->data_ptr());
+}
+
+// Scalars that are tensors, one or one per client, in whatever dtype they come.
+std::vector<double> scalars(const OptionalTensor& tensor, int64_t clients, double otherwise, const char* name) {
+  if (!tensor) return std::vector<double>(clients, otherwise);
+  TORCH_CHECK(tensor->numel() == 1 || tensor->numel() == clients, name, " has ", tensor->numel(),
+              " elements, expected 1 or one for each of ", clients, " clients");
+  const Tensor wide = tensor->to(at::kCPU, at::kDouble).contiguous();
+  std::vector<double> values(clients);
+  for (int64_t c = 0; c < clients; ++c) values[c] = wide.const_data_ptr<double>()[wide.numel() == 1 ? 0 : c];
+  return values;
+}
+
+// Call `work(client, first, size)` for every chunk of every row. Neighbouring units are the same chunk of different
+// clients, so that a row they share is read from memory once.
+template <class F>
+void for_each_chunk(int64_t clients, int64_t d, const F& work) {
+  const int64_t chunks = (d + kChunk - 1) / kChunk;
+  at::parallel_for(0, chunks * clients, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit / clients * kChunk;
+      work(unit % clients, first, std::min(kChunk, d - first));
+    }
+  });
+}
+
+template <class F>
+void for_dtypes(const Tensor& y, const Tensor& g, const F& run) {
+  if (y.scalar_type() == at::kDouble) return run(double{}, double{});
+  if (g.scalar_type() == at::kBFloat16) return run(float{}, Bf16{});
+  run(float{}, float{});
+}
+
+// What both optimizers are given beside their own state and constants.
+struct Arguments {
+  const Tensor &y, &g, &lr;
+  double share, alpha;
+  const OptionalTensor &G, &scale, &active, &source, &x, &delta;
+
+  template <class T, class Gradient>
+  Rows<T, Gradient> rows(const OptionalTensor& m, const OptionalTensor& v) const {
+    TORCH_CHECK(y.dim() == 2, "y has ", y.dim(), " dimensions, expected [C, d]");
+    TORCH_CHECK(x.has_value() == delta.has_value(), "x and delta are given together or not at all");
+    const int64_t d = y.size(1), all = y.numel();
+    T* own = memory<T>(y, all, "y");
+    const T* from = memory<T>(source, all, "source");
+    return {from ? from : own,
+            own,
+            memory<T>(m, all, "m"),
+            memory<T>(v, all, "v"),
+            memory<Gradient>(g, all, "g"),
+            memory<T>(G, d, "G"),
+            memory<T>(x, d, "x"),
+            memory<T>(delta, all, "delta")};
+  }
+
+  template <class T>
+  std::vector<Step<T>> steps() const {
+    const int64_t clients = y.size(0);
+    const auto rates = scalars(lr, clients, 0, "lr"), scales = scalars(scale, clients, 1, "scale");
+    const auto actives = scalars(active, clients, 1, "active");
+    std::vector<Step<T>> all(clients);
+    for (int64_t c = 0; c < clients; ++c)
+      all[c] = {T(rates[c]), T(share), T(alpha), T(scales[c]), actives[c] != 0};
+    return all;
+  }
+};
+
+void fused_adamw(const Tensor& y, const Tensor& m, const Tensor& v, const Tensor& g, const Tensor& lr,
+                 const Tensor& step, const Tensor& v_steps, double beta1, double beta2, double eps,
+                 double weight_decay, double share, double alpha, const OptionalTensor& G, const OptionalTensor& scale,
+                 const OptionalTensor& active, const OptionalTensor& source, const OptionalTensor& x,
+                 const OptionalTensor& delta) {
+  const Arguments given{y, g, lr, share, alpha, G, scale, active, source, x, delta};
+  for_dtypes(y, g, [&](auto parameter, auto gradient) {
+    using T = decltype(parameter);
+    const auto rows = given.rows<T, decltype(gradient)>(m, v);
+    const auto steps = given.steps<T>();
+    const int64_t clients = y.size(0), d = y.size(1);
+    const auto taken = scalars(step, clients, 0, "step"), seen = scalars(v_steps, clients, 0, "v_steps");
+    std::vector<Adamw<T>> constants(clients);
+    for (int64_t c = 0; c < clients; ++c)
+      constants[c] = {T(beta1), T(1 - beta1), T(beta2), T(1 - beta2), T(eps), T(weight_decay),
+                      T(1 / (1 - std::pow(beta1, taken[c]))), T(1 / (1 - std::pow(beta2, seen[c] + taken[c])))};
+    for_each_chunk(clients, d, [&](int64_t c, int64_t first, int64_t size) {
+      adamw(size, constants[c], steps[c], rows.at(c * d + first, first));
+    });
+  });
+}
+
+void fused_sgd(const Tensor& y, const OptionalTensor& m, const Tensor& g, const Tensor& lr, double momentum,
+               double weight_decay, double share, double alpha, const OptionalTensor& G, const OptionalTensor& scale,
+               const OptionalTensor& active, const OptionalTensor& source, const OptionalTensor& x,
+               const OptionalTensor& delta) {
+  const Arguments given{y, g, lr, share, alpha, G, scale, active, source, x, delta};
+  for_dtypes(y, g, [&](auto parameter, auto gradient) {
+    using T = decltype(parameter);
+    const auto rows = given.rows<T, decltype(gradient)>(m, std::nullopt);
+    const auto steps = given.steps<T>();
+    const int64_t clients = y.size(0), d = y.size(1);
+    const Sgd<T> constants{T(momentum), T(weight_decay)};
+    for_each_chunk(clients, d, [&](int64_t c, int64_t first, int64_t size) {
+      sgd(size, constants, steps[c], rows.at(c * d + first, first));
+    });
+  });
+}
+
+// `‖g_c‖₂` of every row: float64 sums of fixed chunks, added in their order, whatever the number of threads.
+template <class G>
+std::vector<double> norms(const Tensor& g) {
+  TORCH_CHECK(g.dim() == 1 || g.dim() == 2, "g has ", g.dim(), " dimensions, expected [d] or [C, d]");
+  const int64_t d = g.size(-1), clients = g.dim() == 2 ? g.size(0) : 1, chunks = (d + kChunk - 1) / kChunk;
+  const G* rows = memory<G>(g, g.numel(), "g");
+  std::vector<double> partial(chunks * clients), total(clients);
+  for_each_chunk(clients, d, [&](int64_t c, int64_t first, int64_t size) {
+    partial[c * chunks + first / kChunk] = sum_of_squares(size, rows + c * d + first);
+  });
+  for (int64_t c = 0; c < clients; ++c) {
+    for (int64_t k = 0; k < chunks; ++k) total[c] += partial[c * chunks + k];
+    total[c] = std::sqrt(total[c]);
+  }
+  return total;
+}
+
+Tensor row_norm(const Tensor& g) {
+  Tensor out;
+  const auto dtype = g.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  for_dtypes(g, g, [&](auto, auto gradient) {
+    const auto values = norms<decltype(gradient)>(g);
+    out = at::empty({static_cast<int64_t>(values.size())}, g.options().dtype(at::kDouble));
+    std::copy(values.begin(), values.end(), out.mutable_data_ptr<double>());
+  });
+  return out.to(dtype);
+}
+
+void fused_sam(const Tensor& w, const Tensor& direction, const OptionalTensor& source, const OptionalTensor& saved,
+               const OptionalTensor& coefficient, double rho, double eps) {
+  TORCH_CHECK(w.dim() == 2, "w has ", w.dim(), " dimensions, expected [C, d]");
+  for_dtypes(w, direction, [&](auto parameter, auto gradient) {
+    using T = decltype(parameter);
+    using G = decltype(gradient);
+    const int64_t clients = w.size(0), d = w.size(1), all = w.numel();
+    const bool one_row = direction.dim() == 1;
+    T *to = memory<T>(w, all, "w"), *kept = memory<T>(saved, all, "saved");
+    const T* from = source ? memory<T>(source, all, "source") : to;
+    const G* along = memory<G>(direction, one_row ? d : all, "direction");
+    std::vector<double> coefficients;
+    if (coefficient) {
+      coefficients = scalars(coefficient, clients, 0, "coefficient");
+    } else {
+      coefficients = norms<G>(direction);
+      for (double& norm : coefficients) norm = rho / (norm + eps);
+      coefficients.resize(clients, coefficients.front());
+    }
+    constexpr int64_t kCacheBytes = 32 << 20;
+    const bool past_caches = all * static_cast<int64_t>(sizeof(T)) >= kCacheBytes;
+    for_each_chunk(clients, d, [&](int64_t c, int64_t first, int64_t size) {
+      const int64_t at = c * d + first;
+      const G* direction_at = along + (one_row ? first : at);
+      perturb(size, T(coefficients[c]), direction_at, from + at, to + at, kept ? kept + at : kept, past_caches);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace fedkernels
+
+TORCH_LIBRARY_FRAGMENT(fedkernels, library) {
+  library.def(
+      "fused_adamw_cpp(Tensor(a0!) y, Tensor(a1!) m, Tensor(a2!) v, Tensor g, Tensor lr, Tensor step, Tensor v_steps, "
+      "float beta1, float beta2, float eps, float weight_decay, float share, float alpha, Tensor? G, Tensor? scale, "
+      "Tensor? active, Tensor? source, Tensor? x, Tensor(a18!)? delta) -> ()");
+  library.def(
+      "fused_sgd_cpp(Tensor(a0!) y, Tensor(a1!)? m, Tensor g, Tensor lr, float momentum, float weight_decay, "
+      "float share, float alpha, Tensor? G, Tensor? scale, Tensor? active, Tensor? source, Tensor? x, "
+      "Tensor(a13!)? delta) -> ()");
+  library.def(
+      "fused_sam_cpp(Tensor(a0!) w, Tensor direction, Tensor? source, Tensor(a3!)? saved, Tensor? coefficient, "
+      "float rho, float eps) -> ()");
+  library.def("row_norm_cpp(Tensor g) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(fedkernels, CPU, library) {
+  library.impl("fused_adamw_cpp", &fedkernels::fused_adamw);
+  library.impl("fused_sgd_cpp", &fedkernels::fused_sgd);
+  library.impl("fused_sam_cpp", &fedkernels::fused_sam);
+  library.impl("row_norm_cpp", &fedkernels::row_norm);
+}

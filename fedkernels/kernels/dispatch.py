@@ -1,0 +1,172 @@
+"""Which backend runs an op, and why: `triton` on GPUs, `cpp` on CPUs, `reference` everywhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Backend = Literal["triton", "cpp", "reference"]
+BACKENDS: tuple[Backend, ...] = ("triton", "cpp", "reference")  # in order of preference
+
+# Every environment variable that the kernels read.
+VARIABLES = {
+    "FEDKERNELS_BACKEND": "reference, cpp or triton: every op runs on it, or raises where it cannot",
+    "TRITON_INTERPRET": "1 runs Triton kernels on CPU tensors, slowly, to test them; read when fedkernels is imported",
+}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _load_extension() -> str | None:
+    """Load the compiled C++ kernels; why they are not there, or None."""
+    found = sorted(Path(__file__).resolve().parent.parent.glob("_C*.so"))
+    if not found:
+        return "extension not built: install with a C++ compiler and torch present, by pip install --no-build-isolation"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"extension does not load, reinstall to build it for torch {torch.__version__}: {error}"
+    return None
+
+
+# Why a backend cannot run here at all, whatever the op; None where it can.
+MISSING: dict[Backend, str | None] = {
+    "triton": None if importlib.util.find_spec("triton") else "triton is not installed",
+    "cpp": _load_extension(),
+    "reference": None,
+}
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that cannot run an op here."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs an op, why, and why those preferred to it do not."""
+
+    backend: Backend
+    why: str
+    refused: Mapping[Backend, str]
+
+
+class Rule(Protocol):
+    """Why a backend that is here cannot, or should not, run an op on such tensors; None where it should."""
+
+    def __call__(self, device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None: ...
+
+
+def triton_on_rows(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    """The limits of Triton kernels over flat rows `[C, d]`."""
+    if device != ("cpu" if INTERPRETED else "cuda"):
+        return f"runs on {'cpu tensors under TRITON_INTERPRET=1' if INTERPRETED else 'cuda'}, not on {device}"
+    return None if dtype == torch.float32 else f"computes in float32, not in {_name(dtype)}"
+
+
+def cpp_on_rows(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    """The limits of C++ kernels over flat rows `[C, d]`."""
+    if device != "cpu":
+        return f"runs on cpu, not on {device}"
+    known = dtype in (torch.float32, torch.float64)
+    return None if known else f"computes in float32 and float64, not in {_name(dtype)}"
+
+
+ON_ROWS: dict[Backend, Rule] = {"triton": triton_on_rows, "cpp": cpp_on_rows}
+
+
+def choose(
+    op: str,
+    rules: Mapping[Backend, Rule],
+    device: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    backend: str | None = None,
+) -> Choice:
+    """Settle which backend runs an op.
+
+    Args:
+        rules: of the backends the op has besides its reference.
+        device: type of the device, such as `cuda`.
+        dtype: what is computed in, that of the parameters.
+        shape: of the main argument.
+        backend: run this one, as FEDKERNELS_BACKEND does for every op.
+
+    Raises:
+        ValueError: a backend of this name does not exist.
+        BackendError: the backend asked for cannot run this op here.
+
+    Example:
+        >>> choose("fused_adamw", ON_ROWS, "meta", torch.float32, (2, 10)).backend
+        'reference'
+    """
+    if asked := backend or os.environ.get("FEDKERNELS_BACKEND"):
+        by = "backend" if backend else "FEDKERNELS_BACKEND"
+        named = next((known for known in BACKENDS if known == asked), None)
+        if named is None:
+            raise ValueError(f"{by}={asked}: unknown backend, expected one of {', '.join(BACKENDS)}")
+        if (reason := _refusal(named, rules, device, dtype, shape)) is not None:
+            raise BackendError(f"{by}={asked} cannot run {op}: {reason}")
+        return Choice(named, f"asked for by {by}", {})
+    refused: dict[Backend, str] = {}
+    for candidate in BACKENDS:
+        if (reason := _refusal(candidate, rules, device, dtype, shape)) is None:
+            why = "no other can" if candidate == "reference" else f"the fastest on {device}"
+            return Choice(candidate, why, refused)
+        refused[candidate] = reason
+    raise AssertionError("the reference runs everywhere")
+
+
+def _refusal(
+    backend: Backend, rules: Mapping[Backend, Rule], device: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> str | None:
+    if backend == "reference":
+        return None
+    if backend not in rules:
+        return "not written for this op"
+    if (reason := MISSING[backend]) is not None:
+        return reason
+    return rules[backend](device, dtype, shape)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def require(name: str, tensor: Tensor | None, like: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    """Check one argument of a kernel, which would read and write out of bounds otherwise.
+
+    Raises:
+        ValueError: it is on another device than `like`, not contiguous, or not of that shape and one of the dtypes.
+    """
+    if tensor is None:
+        return
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {like.device}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    if dtypes and tensor.dtype not in dtypes:
+        expected = " or ".join(_name(dtype) for dtype in dtypes)
+        raise ValueError(f"{name} is {_name(tensor.dtype)}, expected {expected}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous: strides {list(tensor.stride())} of shape {list(shape)}")
+
+
+def require_scalars(name: str, tensor: Tensor | None, like: Tensor, clients: int) -> None:
+    """Check a scalar of an op, which is a tensor on the device so that graphs replay with its current value.
+
+    Raises:
+        ValueError: it is on another device than `like`, or holds neither one value nor one for each client.
+    """
+    if tensor is None:
+        return
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {like.device}")
+    if tensor.numel() not in (1, clients) or not tensor.is_contiguous():
+        expected = f"one value or one for each of {clients} clients"
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {expected}")

@@ -1,0 +1,78 @@
+"""Federated SGD as one Triton launch for all clients and parameters."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..tiles import OPTIONS, TILE, grid, is_active, moved, per_client, place, scalar, store_parameters
+
+
+@triton.jit
+def sgd_tile(
+    y_ptr, m_ptr, g_ptr, G_ptr, source_ptr, x_ptr, delta_ptr,
+    at, cols, inside, active, scale, lr, momentum, weight_decay, share, alpha,
+):  # fmt: skip
+    y = tl.load(source_ptr + at, inside)
+    if active:
+        p = tl.load(g_ptr + at, inside).to(tl.float32) * scale + weight_decay * y
+        if m_ptr is not None:
+            p += momentum * tl.load(m_ptr + at, inside)
+            tl.store(m_ptr + at, p, inside)
+        y = moved(y, p, G_ptr, cols, inside, lr, share, alpha)
+    store_parameters(y, y_ptr, x_ptr, delta_ptr, at, cols, inside)
+
+
+@triton.jit
+def sgd_kernel(
+    y_ptr, m_ptr, g_ptr, lr_ptr, G_ptr, scale_ptr, active_ptr, source_ptr, x_ptr, delta_ptr,
+    clients, d, momentum, weight_decay, share, alpha,
+    LR_PER_CLIENT: tl.constexpr, SCALE_PER_CLIENT: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    client, row, cols, end = place(clients, d, SIZE)
+    lr = scalar(lr_ptr, client, LR_PER_CLIENT)
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = scalar(scale_ptr, client, SCALE_PER_CLIENT)
+    active = is_active(active_ptr, client)
+    if end <= d:
+        sgd_tile(
+            y_ptr, m_ptr, g_ptr, G_ptr, source_ptr, x_ptr, delta_ptr,
+            row + cols, cols, None, active, scale, lr, momentum, weight_decay, share, alpha,
+        )  # fmt: skip
+    else:
+        sgd_tile(
+            y_ptr, m_ptr, g_ptr, G_ptr, source_ptr, x_ptr, delta_ptr,
+            row + cols, cols, cols < d, active, scale, lr, momentum, weight_decay, share, alpha,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("fedkernels::fused_sgd_triton", mutates_args=("y", "m", "delta"))
+def fused_sgd_triton(
+    y: Tensor,
+    m: Tensor | None,
+    g: Tensor,
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+    share: float,
+    alpha: float,
+    G: Tensor | None,
+    scale: Tensor | None,
+    active: Tensor | None,
+    source: Tensor | None,
+    x: Tensor | None,
+    delta: Tensor | None,
+) -> None:
+    clients, d = y.shape
+    sgd_kernel[grid(y)](
+        y, m, g, lr, G, scale, active, y if source is None else source, x, delta,
+        clients, d, momentum, weight_decay, share, alpha, per_client(lr), per_client(scale), TILE, **OPTIONS,
+    )  # fmt: skip
+
+
+@fused_sgd_triton.register_fake
+def _(*arguments: object) -> None:
+    return None

@@ -1,0 +1,156 @@
+"""The choice of a backend: by device and dtype, by request, and what is said where one cannot run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedkernels
+from fedkernels.cli import main
+from fedkernels.kernels import dispatch
+from fedkernels.kernels.dispatch import MISSING, ON_ROWS, BackendError, Choice, choose
+from fedkernels.kernels.fused_adamw import fused_adamw
+from fedkernels.kernels.overview import OPS, SHAPES
+
+HERE = {"triton": None, "cpp": None, "reference": None}
+
+
+def chosen(device: str = "cpu", dtype: torch.dtype = torch.float32, backend: str | None = None) -> Choice:
+    return choose("fused_adamw", ON_ROWS, device, dtype, (2, 10), backend)
+
+
+def test_the_extension_and_triton_are_here() -> None:
+    """The environment that runs the tests has a compiler and the developers' extra."""
+    assert HERE == MISSING
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "backend"),
+    [
+        ("cpu", torch.float32, "cpp"),
+        ("cpu", torch.float64, "cpp"),
+        ("cpu", torch.bfloat16, "reference"),
+        ("cuda", torch.float32, "triton"),
+        ("cuda", torch.float64, "reference"),
+        ("mps", torch.float32, "reference"),
+    ],
+)
+def test_by_device_and_dtype(device: str, dtype: torch.dtype, backend: str) -> None:
+    assert chosen(device, dtype).backend == backend
+
+
+def test_says_why() -> None:
+    choice = chosen("cuda", torch.float64)
+    assert choice.why == "no other can"
+    assert choice.refused == {
+        "triton": "computes in float32, not in float64",
+        "cpp": "runs on cpu, not on cuda",
+    }
+
+
+def test_falls_back_where_something_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "MISSING", HERE | {"cpp": "extension not built"})
+    choice = chosen()
+    assert choice.backend == "reference"
+    assert choice.refused == {"triton": "runs on cuda, not on cpu", "cpp": "extension not built"}
+    with pytest.raises(BackendError, match=r"^backend=cpp cannot run fused_adamw: extension not built$"):
+        chosen(backend="cpp")
+
+
+def test_by_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(backend="reference") == Choice("reference", "asked for by backend", {})
+    monkeypatch.setenv("FEDKERNELS_BACKEND", "reference")
+    assert chosen() == Choice("reference", "asked for by FEDKERNELS_BACKEND", {})
+    assert chosen(backend="cpp").backend == "cpp"
+    monkeypatch.setenv("FEDKERNELS_BACKEND", "triton")
+    with pytest.raises(BackendError, match="FEDKERNELS_BACKEND=triton cannot run fused_adamw: runs on cuda"):
+        chosen()
+    monkeypatch.setenv("FEDKERNELS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="FEDKERNELS_BACKEND=cuda: unknown backend, expected one of triton, cpp, refe"):
+        chosen()
+
+
+def test_an_op_refuses_as_the_dispatcher_does() -> None:
+    y, m, v, g = torch.zeros(4, 2, 5).unbind()
+    one = torch.ones(())
+    constants = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    with pytest.raises(BackendError, match="backend=triton cannot run fused_adamw: runs on cuda"):
+        fused_adamw(y, m, v, g, lr=one, step=one, v_steps=one, **constants, backend="triton")
+    with pytest.raises(ValueError, match="backend=fast: unknown backend"):
+        fused_adamw(y, m, v, g, lr=one, step=one, v_steps=one, **constants, backend="fast")
+
+
+def test_schemas_of_backends_agree() -> None:
+    """The entry points hand the same arguments to either."""
+    import fedkernels.kernels.fused_adamw.triton
+    import fedkernels.kernels.fused_sam.triton
+    import fedkernels.kernels.fused_sgd.triton  # noqa: F401  the imports define the operators
+
+    for op in OPS:
+        schemas = [str(getattr(torch.ops.fedkernels, f"{op}_{name}").default._schema) for name in ("cpp", "triton")]
+        assert schemas[0].replace("_cpp(", "_triton(") == schemas[1]
+
+
+def test_the_command_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernels"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in dispatch.VARIABLES:
+        assert any(line.split()[:1] == [name] for line in lines)
+    table = lines[lines.index("cpu, float32:") + 1 :][: len(OPS) * len(SHAPES)]
+    starts = [f"{op:<12} {name:<14} " for op in OPS for name in SHAPES]
+    for line, start in zip(table, starts, strict=True):
+        assert line.strip() == f"{start}cpp: the fastest on cpu; not triton: runs on cuda, not on cpu"
+
+
+def test_the_command_with_a_backend_that_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FEDKERNELS_BACKEND", "triton")
+    assert main(["kernels"]) == 1
+    assert "FEDKERNELS_BACKEND=triton cannot run fused_adamw" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("spoilt", "reason"), [(False, "extension not built"), (True, "extension does not load")])
+def test_works_without_the_extension(spoilt: bool, reason: str, tmp_path: Path) -> None:
+    """A copy of the package without its compiled part, or with one that another torch left behind."""
+    shutil.copytree(
+        Path(fedkernels.__file__).parent, tmp_path / "fedkernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    if spoilt:
+        (tmp_path / "fedkernels" / "_C.abi3.so").write_bytes(b"not a library")
+    program = """
+import torch
+from fedkernels.kernels.dispatch import MISSING
+from fedkernels.kernels.fused_sam import row_norm
+assert row_norm(torch.tensor([[3.0, 4.0]])).tolist() == [5.0]
+print(MISSING["cpp"])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(reason)
+
+
+def test_installs_without_a_compiler(tmp_path: Path) -> None:
+    """One line says that there are no kernels and why; nothing fails."""
+    root = Path(__file__).parent.parent.parent
+    for name in ("setup.py", "README.md", "pyproject.toml"):
+        shutil.copy(root / name, tmp_path)
+    for name in ("csrc", "fedkernels"):
+        shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    environment = os.environ | {"CXX": "no-such-compiler", "CC": "no-such-compiler", "MAX_JOBS": "1"}
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, capture_output=True, text=True,
+        env=environment,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert len([line for line in run.stdout.splitlines() if line.startswith("fedkernels: no C++ kernels: ")]) == 1
+    assert not list(tmp_path.glob("fedkernels/*.so"))

@@ -12,9 +12,9 @@ import numpy as np
 
 Method = Literal["pld", "rdp"]
 METHODS: tuple[Method, ...] = ("pld", "rdp")
-# The width of a PLD grid's cells in units of 1/σ for q >= 0.1, and √(10q) of it below, where losses are smaller. The grid
-# discretises from above; at σ = 0.8, q = 0.1, T = 301 that adds 4e-4 to an ε of 13.488, and the ε of a round takes 14 ms
-# instead of the 330 ms of the library's own grid.
+# The width of a PLD grid's cells in units of 1/σ for q >= 0.1; below, where losses are smaller, √(10q) of that. The grid
+# discretises from above: at σ = 0.8, q = 0.1, T = 301 that adds 4e-4 to an ε of 13.488, and the ε of a round takes
+# 14 ms instead of the 330 ms of the library's own grid.
 CELL = 2.5e-3
 # Below, one release alone has ε over a thousand, which no exponential in float64 can hold.
 LEAST_NOISE = 0.02

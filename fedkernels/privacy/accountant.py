@@ -12,7 +12,7 @@ import numpy as np
 
 Method = Literal["pld", "rdp"]
 METHODS: tuple[Method, ...] = ("pld", "rdp")
-# The width of a PLD grid's cells in units of 1/σ for q >= 0.1; below, where losses are smaller, √(10q) of that. The grid
+# The width of a PLD grid's cells in units of 1/σ for q >= 0.1; below, where losses are smaller, √(10q) of that. It
 # discretises from above: at σ = 0.8, q = 0.1, T = 301 that adds 4e-4 to an ε of 13.488, and the ε of a round takes
 # 14 ms instead of the 330 ms of the library's own grid.
 CELL = 2.5e-3

@@ -19,7 +19,7 @@ CELL = 2.5e-3
 # Below, one release alone has ε over a thousand, which no exponential in float64 can hold.
 LEAST_NOISE = 0.02
 # Above, losses drown in rounding, and with them every ε.
-MOST_NOISE = 1e6
+MOST_NOISE = 1_000_000
 # Rényi divergences come as differences of numbers near 1: what is smaller may as well be negative.
 LEAST_DIVERGENCE = 2.0**-44
 
@@ -54,7 +54,7 @@ class Accountant:
     """
 
     def __init__(self, noise_multiplier: float, sampling_rate: float, delta: float) -> None:
-        _expect("sigma", noise_multiplier, 0 < noise_multiplier <= MOST_NOISE, f"a number > 0 and <= {MOST_NOISE:.0f}")
+        _expect("sigma", noise_multiplier, 0 < noise_multiplier <= MOST_NOISE, f"a number > 0 and <= {MOST_NOISE}")
         _expect("sampling_rate", sampling_rate, 0 < sampling_rate <= 1, "a number > 0 and <= 1")
         _expect("delta", delta, 0 < delta < 1, "a number > 0 and < 1")
         self.noise_multiplier = noise_multiplier
@@ -130,11 +130,11 @@ def noise_for(target: float, sampling_rate: float, rounds: int, delta: float, me
     def enough(steps: int) -> bool:
         return Accountant(steps / 1e4, sampling_rate, delta).epsilon(rounds, method) <= target
 
-    low, high, most = 0, 1 << 10, round(MOST_NOISE * 1e4)  # in steps of 1e-4
+    low, high, most = 0, 1 << 10, MOST_NOISE * 10_000  # in steps of 1e-4
     while not enough(high):
         if high == most:
             raise OutOfReachError(
-                f"target_epsilon: {target:g} is out of reach of noise up to {MOST_NOISE:.0f} at delta {delta:g}"
+                f"target_epsilon: {target:g} is out of reach of noise up to {MOST_NOISE} at delta {delta:g}"
             )
         low, high = high, min(2 * high, most)
     while high - low > 1:

@@ -57,7 +57,7 @@ class Privacy:
 
     def __post_init__(self) -> None:
         # Not only configurations make one, and nothing later would show that no noise was added.
-        limits = {"noise_multiplier": MOST_NOISE, "clip": math.inf, "delta": 1.0}
+        limits: dict[str, float] = {"noise_multiplier": MOST_NOISE, "clip": math.inf, "delta": 1.0}
         if self.target_epsilon is not None:
             limits["target_epsilon"] = math.inf
         for name, limit in limits.items():

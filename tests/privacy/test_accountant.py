@@ -106,7 +106,7 @@ def test_sigma_from_epsilon_is_the_inverse(method: Method) -> None:
 
 def test_the_library_does_not_speak_to_the_user(capfd: pytest.CaptureFixture[str], caplog: Any) -> None:
     Accountant(0.8, 0.1, 1 / 500).epsilon(301, "rdp")
-    Accountant(1e5, 0.1, 1e-12).epsilon(10, "rdp")
+    Accountant(1e5, 1e-3, 1e-9).epsilon(10, "rdp")
     noise_for(1e-3, 0.1, 10, 0.01)
     Accountant(0.02, 0.1, 1 / 500).epsilon(301, "rdp")
     assert capfd.readouterr() == ("", "")
@@ -151,4 +151,4 @@ def test_all_noise_is_tried_before_a_target_is_out_of_reach() -> None:
 
 def test_rounding_costs_more_rather_than_nothing() -> None:
     """Divergences of tiny releases come out negative in float64, where the library speaks of an ε of zero."""
-    assert Accountant(1e5, 0.1, 1e-12).epsilon(10, "rdp") > gaussian_epsilon(math.sqrt(10) / 1e6, 1e-12)
+    assert Accountant(1e6, 1e-3, 1e-12).epsilon(10, "rdp") > gaussian_epsilon(math.sqrt(10) * 1e-9, 1e-12) > 0

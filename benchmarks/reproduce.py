@@ -7,6 +7,7 @@ stands in the configurations. Without it the configurations run as they are.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import time
@@ -27,7 +28,7 @@ from fedkernels.config import Config, load
 from fedkernels.diagnostics.loss import SampleLoss
 from fedkernels.diagnostics.sharpness import sam_sharpness
 from fedkernels.federated.collectives import Collectives
-from fedkernels.federated.engine import Engine
+from fedkernels.federated.engine import Engine, NonFiniteUpdateError
 from fedkernels.train import build
 
 Overrides = dict[str, Any]
@@ -74,9 +75,13 @@ def run(suite: str, name: str, overrides: Overrides, sharpness: bool) -> tuple[l
     config = configuration(suite, name, overrides)
     engine, _, _ = build(config, Collectives())
     rows, time_s = [], 0.0
-    for _ in range(config.rounds):
+    for left in range(config.rounds, 0, -1):
         start = time.perf_counter()
-        row = engine.run_round()
+        try:
+            row = engine.run_round()
+        except NonFiniteUpdateError:  # a learning rate too large: nothing comes of it any more
+            lost = {"test_accuracy": 0.0, "test_loss": math.inf, "protocol_up_bytes": 0, "time_s": time_s}
+            return [*rows, *[lost] * left], math.inf if sharpness else None
         time_s += time.perf_counter() - start
         rows.append(row | engine.evaluate() | {"time_s": time_s})
     return rows, final_sharpness(engine) if sharpness else None

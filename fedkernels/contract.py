@@ -88,14 +88,16 @@ class Round:
         cohort: S. Clients see how many were sampled (under Poisson sampling the number drawn, not its expectation); the
             server sees how many of those count, which is fewer after a drop. Under privacy both see the expectation.
         population: all clients, N.
-        steps: the nominal number of local steps, K.
+        steps: K, local steps. Clients see the nominal number, the largest K_i of the population, which is known in
+            advance; the server sees the mean K_i over the clients that count, weighted as the run weights clients, so
+            that `−Δ̄/(Kη)` is a mean direction. Under privacy both see the public constant, whoever came.
         lr: the client learning rate η_r, constant inside a round.
     """
 
     index: int
     cohort: int
     population: int
-    steps: int
+    steps: float
     lr: float
 
 
@@ -290,7 +292,7 @@ class Algorithm(ABC):
         Args:
             s: the server state.
             agg: the aggregated wires, `[size]` each, read-only.
-            r: the round, with the number of clients that count.
+            r: the round, with the number of clients that count and their mean number of local steps.
         """
 
     def metrics(self, s: Vectors, agg: Vectors, r: Round) -> dict[str, float]:

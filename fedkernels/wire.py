@@ -83,8 +83,10 @@ class Wire:
         diagnostic: rides along for `Algorithm.metrics`; a federation would not send it, so it is no protocol byte.
         private: released by the Gaussian mechanism alone: a client's private wires get one l2 clip together, the sum
             over the cohort gets noise once, and the aggregate is that sum over the expected cohort, whoever came.
-        state: the wire carries a state, not an update; error feedback would add states of earlier rounds to it.
-        codec: packs what a client sends; None sends floats, or takes the codec of the run.
+        state: the wire carries a state, not an update. The codec of the run leaves it as floats, since a state may be
+            divided by, and error feedback would add states of earlier rounds to it.
+        codec: packs what a client sends; None sends floats, or takes the codec of the run where the wire is an update
+            like params.
 
     Raises:
         ValueError: a codec on a private wire, or one with error feedback on a wire not like params, or of a state.

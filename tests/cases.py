@@ -103,9 +103,9 @@ CASES = {
     "local_soap": Case("local_soap", D, D, {"local": SOAP}),
     "local_sophia": Case("local_sophia", D, D, {"local": SOPHIA}),
     "local_shampoo": Case("local_shampoo", D, D),
-    "fedadamw": Case("fedadamw", D + B, 2 * D + B),
-    "fedadamw-tensor": Case("fedadamw", D + 10, 2 * D + 10, {"second_moment": "tensor"}),
-    "fedadamw-full": Case("fedadamw", 2 * D, 3 * D, {"second_moment": "full"}),
+    "fedadamw": Case("fedadamw", D + B, 2 * D + B + 1),
+    "fedadamw-tensor": Case("fedadamw", D + 10, 2 * D + 11, {"second_moment": "tensor"}),
+    "fedadamw-full": Case("fedadamw", 2 * D, 3 * D + 1, {"second_moment": "full"}),
     "fedadamw-none": Case("fedadamw", D, 2 * D, {"second_moment": "none"}),
     "fedmuon": Case("fedmuon", D + D_MATRIX, 2 * D + D_MATRIX),
     "fedmuon-unshared": Case("fedmuon", D, 2 * D, {"share_momentum": False}),
@@ -140,8 +140,11 @@ CASES = {
     "fedpac": Case("fedpac", D + D_FACTORS, 2 * D + D_FACTORS, {"local": SOAP}, diagnostic=1),
     "fedpac-sophia": Case("fedpac", 2 * D, 3 * D, {"local": SOPHIA}, diagnostic=1),
     "fedpac-muon": Case("fedpac", D + D_MATRIX, 2 * D + D_MATRIX, {"local": Muon()}, diagnostic=1),
-    "fedpac-shampoo": Case("fedpac", D + D_FACTORS, 2 * D + D_FACTORS, {"local": Shampoo()}, diagnostic=1),
-    "fedpac-adamw": Case("fedpac", 2 * D, 3 * D, {"local": AdamW()}, diagnostic=1),
+    "fedpac-shampoo": Case("fedpac", D + D_FACTORS, 2 * D + D_FACTORS + 1, {"local": Shampoo()}, diagnostic=1),
+    "fedpac-adamw": Case("fedpac", 2 * D, 3 * D + 1, {"local": AdamW()}, diagnostic=1),
+    "fedpac-adamw-hessian": Case(
+        "fedpac", D + B, 2 * D + B + 1, {"local": AdamW(), "second_moment": "hessian"}, diagnostic=1
+    ),
     "fedpac-unaligned": Case("fedpac", D, 2 * D, {"local": SOAP, "align": False}, diagnostic=D_FACTORS + 1),
     "fedmuon-low-rank": Case(
         "fedmuon",

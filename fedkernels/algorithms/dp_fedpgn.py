@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..contract import Algorithm, Round, Task, Vectors
+from ..contract import Algorithm, Batch, Round, Task, Vectors
 from ..federated.local import rescale_, run_local
 from ..layout import Layout
 from ..optim import Sgd
@@ -56,11 +56,13 @@ class DpFedPgn(Algorithm):
         return {"x": x.clone(), "g": torch.zeros_like(x)}
 
     def client(self, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
-        # g is the last cohort's ascent direction, so y + e is where the global gradient norm is largest nearby.
-        e = rescale_(s.g.clone(), self.rho if self.variant == "penalty" else 0.0, eps=1e-7)
-        y, _ = run_local(
-            task, s.x, Sgd(), grad=lambda y, b: task.grad(y + e, b).mul_(self.gamma).add_(s.g, alpha=1 - self.gamma)
-        )
+        # g is the last released ascent direction: along it the global loss rises fastest.
+        e = rescale_(s.g.clone(), self.rho, eps=1e-7) if self.variant == "penalty" else None
+
+        def mixed(y: Tensor, batch: Batch) -> Tensor:
+            return task.grad(y if e is None else y + e, batch).mul_(self.gamma).add_(s.g, alpha=1 - self.gamma)
+
+        y, _ = run_local(task, s.x, Sgd(), grad=mixed)
         r = s.x - y - self._public(s, task.round)
         return {"r": r if self.sparsify == 1 else keep_largest(r, self.sparsify)}
 
@@ -80,12 +82,14 @@ def smooth(u: Tensor, laplacian: float) -> Tensor:
     `v = ifft(fft(u)/(1 − λ fft([−2, 1, 0, ..., 0, 1])))`, whose divisor at frequency k is `1 + 2λ(1 − cos(2πk/d))`.
     """
     d = u.numel()
-    k = torch.arange(d // 2 + 1, dtype=u.dtype, device=u.device)
-    return torch.fft.irfft(torch.fft.rfft(u) / (1 + 2 * laplacian * (1 - torch.cos(2 * math.pi / d * k))), n=d)
+    k = torch.arange(d // 2 + 1, dtype=torch.float64, device=u.device)
+    divisor = 1 + 2 * laplacian * (1 - torch.cos(2 * math.pi / d * k))
+    return torch.fft.irfft(torch.fft.rfft(u) / divisor.to(u.dtype), n=d)
 
 
 def keep_largest(r: Tensor, share: float) -> Tensor:
-    """`r [C, d]` with all but the `⌈share·d⌉` largest entries of every row zero; those that tie with the last stay."""
+    """`r [C, d]` with all but the `share·d` largest entries of every row zero; those that tie with the last stay."""
     size = r.abs()
-    least = size.topk(math.ceil(share * r.shape[1]), dim=1).values[:, -1:]
+    kept = max(1, round(share * r.shape[1]))
+    least = size.topk(kept, dim=1).values[:, -1:]
     return torch.where(size < least, 0, r)  # NaN is not smaller, and stays to be seen

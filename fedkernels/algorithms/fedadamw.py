@@ -21,8 +21,12 @@ class FedAdamW(Algorithm):
     """Clients start from the mean second moment v̄ of the last cohort and add α times the global direction G.
 
     Clients from `v = v̄` in every block: `m ← β₁m + (1−β₁)g`, `v ← β₂v + (1−β₂)g²`,
-    `y ← y − η(m̂/(√v̂ + ε) + αG + λy)` with `m̂ = m/(1−β₁^k)` and `v̂ = v/(1−β₂^(rK+k))`.
-    Server `x ← x + Δ̄`, `G = −Δ̄/(Kη)`, `v̄ = mean v` over clients and blocks.
+    `y ← y − η(m̂/(√v̂ + ε) + αG + λy)` with `m̂ = m/(1−β₁^k)` and `v̂ = v/(1−β₂^(t+k))`.
+    Server `x ← x + Δ̄`, `G = −Δ̄/(Kη)`, `v̄ = mean v` over clients and blocks, `t ← t + K`, the steps v̄ has seen: rK
+    where every round has clients and all of them take K steps.
+
+    As in the paper's equations t is one for all coordinates. One (or a block) whose gradient is first nonzero in a late
+    round has a v as if it had always been there, and takes a step of up to `√((1−β₂^t)/(1−β₂))` times η.
 
     Args:
         alpha: α, weight of the global direction; the local term is not scaled by 1 − α.
@@ -46,20 +50,21 @@ class FedAdamW(Algorithm):
 
     @property
     def down(self) -> tuple[str, ...]:
-        return ("x", "G") if self.second_moment == "none" else ("x", "G", "v_bar")
+        return ("x", "G") if self.second_moment == "none" else ("x", "G", "v_bar", "t")
 
     def up(self, layout: Layout) -> dict[str, Wire]:
         wires = {"delta": Wire()}
         if self.second_moment == "full":
             wires["v"] = Wire(state=True)
         elif self.second_moment != "none":
-            wires["v"] = Wire(layout.curvature_blocks(self.second_moment).size)
+            wires["v"] = Wire(layout.curvature_blocks(self.second_moment).size, state=True)
         return wires
 
     def init(self, x: Tensor, layout: Layout) -> dict[str, Tensor]:
         state = {"x": x.clone(), "G": torch.zeros_like(x)}
         if self.second_moment != "none":
             state["v_bar"] = x.new_zeros(self.up(layout)["v"].size(layout))
+            state["t"] = x.new_zeros(1, dtype=torch.float64)
         return state
 
     def client(self, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
@@ -69,9 +74,8 @@ class FedAdamW(Algorithm):
             v_bar = s.v_bar
             if self.second_moment != "full":
                 v_bar = task.layout.curvature_blocks(self.second_moment).expand(v_bar)
-            # v has seen rK steps when this round starts, m none: two counters, or m stays almost uncorrected.
-            seen = torch.tensor(float(task.round.index * task.round.steps), dtype=torch.float64)
-            state = {"v": v_bar, "v_steps": seen}
+            # v has seen t steps when this round starts, m none: two counters, or m stays almost uncorrected.
+            state = {"v": v_bar, "v_steps": s.t}
         y, end = run_local(task, s.x, adamw, state=state, direction=lambda p: p.add_(s.G, alpha=self.alpha))
         up = {"delta": y - s.x}
         if self.second_moment == "full":
@@ -82,4 +86,4 @@ class FedAdamW(Algorithm):
 
     def server(self, s: Vectors, agg: Vectors, r: Round) -> dict[str, Tensor]:
         new = {"x": s.x + agg.delta, "G": agg.delta / -(r.steps * r.lr)}
-        return new if self.second_moment == "none" else {**new, "v_bar": agg.v}
+        return new if self.second_moment == "none" else {**new, "v_bar": agg.v, "t": s.t + r.steps}

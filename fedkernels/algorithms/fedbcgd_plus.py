@@ -23,6 +23,9 @@ class FedBcgdPlus(FedBcgd):
     Clients `y ← y − η P(∇f_i(y;ξ) + c − c_i)`, then `c_i⁺ = c_i − c + (x − y)/(Kη)`; server x and v as in FedBCGD. With
     `svrg`, `∇f_i(y;ξ) − ∇f_i(x;ξ) + ∇f_i(x)` stands for `∇f_i(y;ξ)`, where `∇f_i(x)` is over all of a client's samples.
 
+    `(x − y)/(Kη)` is the client's mean direction, corrections included: with plain SGD as P and no momentum c_i⁺ is its
+    mean gradient, with another P something of the size of that P's steps.
+
     `control` says what becomes of c_i⁺, where S_b are the clients of block b, and everyone for the shared block:
 
     * `exact`: `c_i ← c_i⁺` in the blocks sent, `c_b ← c_b + (|S_b|/N)·mean(c_i⁺ − c_i)` over S_b. As in SCAFFOLD that
@@ -33,7 +36,7 @@ class FedBcgdPlus(FedBcgd):
 
     Args:
         control: which of the two.
-        rho_c: ρ of `ema`.
+        rho_c: ρ; only read by `ema`.
         svrg: whether clients take snapshot gradients: a pass over their samples a round, twice the work a step.
         local, blocks, cut_rows, momentum, shared: as in FedBCGD.
 
@@ -51,7 +54,8 @@ class FedBcgdPlus(FedBcgd):
     def up(self, layout: Layout) -> dict[str, Wire]:
         # |S_b|/N times the mean over S_b is the sum over N.
         reduce: Literal["sum", "mean"] = "sum" if self.control == "exact" else "mean"
-        return {**super().up(layout), "delta_c": Wire(reduce=reduce, only_block=True)}
+        delta_c = Wire(reduce=reduce, only_block=True, state=self.control == "ema")
+        return {**super().up(layout), "delta_c": delta_c}
 
     def init(self, x: Tensor, layout: Layout) -> dict[str, Tensor]:
         return {**super().init(x, layout), "c": torch.zeros_like(x)}

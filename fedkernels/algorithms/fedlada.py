@@ -74,7 +74,7 @@ class FedLada(Algorithm):
     down = ("x", "G", "v_bar")
 
     def up(self, layout: Layout) -> dict[str, Wire]:
-        return {"delta": Wire(), "v_hat": Wire()}
+        return {"delta": Wire(), "v_hat": Wire(state=True)}
 
     def init(self, x: Tensor, layout: Layout) -> dict[str, Tensor]:
         return {"x": x.clone(), "G": torch.zeros_like(x), "v_bar": torch.full_like(x, self.eps**2)}
@@ -94,5 +94,5 @@ class FedLada(Algorithm):
         return {
             "x": s.x + self.server_lr * agg.delta,
             "G": agg.delta / -(r.steps * r.lr),
-            "v_bar": agg.v_hat,
+            "v_bar": agg.v_hat.clamp(min=self.eps**2),  # the mean may round below
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from ..contract import Algorithm, Round, Task, Vectors
 from ..federated.codecs import LowRank
 from ..federated.local import run_local
 from ..kernels.newton_schulz import Orthogonalization
-from ..layout import Layout, Role
+from ..layout import Layout, Role, Route
 from ..optim import Muon
 from ..optim.muon import require_matrices
 from ..wire import Wire
@@ -54,7 +54,7 @@ class FedMuon(Algorithm):
     share_momentum: bool = True
     momentum_rank: Annotated[float, Field(gt=0, le=1)] | None = None
     orthogonalization: Orthogonalization = "newton_schulz"
-    route: Literal["hidden", "all_matrices"] = "hidden"
+    route: Route = "hidden"
 
     def __post_init__(self) -> None:
         if self.momentum_rank is not None and not self.share_momentum:

@@ -26,7 +26,8 @@ class FedSmoo(Algorithm):
     Server `h ← h + (|S|/N)·Δ̄`, `x ← x + Δ̄ + h`, `s = ρ s̃/(‖s̃‖ + ε)` with `s̃ = mean s̃_i`.
 
     `h_i = −βλ_i` and `h = −βλ` are the paper's dual variables λ in units of parameters, as the published code has
-    them. That code drops ŝ from s̃_i as small; this is the paper's form.
+    them. That code drops ŝ from s̃_i as small; this is the paper's form. With clients weighted by samples h takes the
+    weighted mean Δ̄, and is then not the plain mean of all h_i.
 
     Args:
         local: the clients' optimizer P, its state reset each round; plain SGD is the paper's.
@@ -45,7 +46,7 @@ class FedSmoo(Algorithm):
     keep = ("h_i", "mu_i")
 
     def up(self, layout: Layout) -> dict[str, Wire]:
-        return {"delta": Wire(), "s_tilde": Wire()}
+        return {"delta": Wire(), "s_tilde": Wire(state=True)}
 
     def init(self, x: Tensor, layout: Layout) -> dict[str, Tensor]:
         return {"x": x.clone(), "h": torch.zeros_like(x), "s": torch.zeros_like(x)}

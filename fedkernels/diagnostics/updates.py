@@ -81,13 +81,8 @@ def drift(states: Tensor) -> Drift:
 
 
 def aligned_wires(wires: Mapping[str, Wire]) -> list[str]:
-    """The wires that carry optimizer state: averaged vectors a federation sends that are no update (`delta...`)."""
-    return [
-        name
-        for name, wire in wires.items()
-        if wire.reduce == "mean" and wire.like not in ("scalar", 1) and not wire.diagnostic
-        if not name.startswith("delta")
-    ]
+    """The wires that carry the same state of every client, sent or riding along."""
+    return [name for name, wire in wires.items() if wire.state and not wire.only_block]
 
 
 def by_layer(states: Tensor, wire: Wire, layout: Layout) -> dict[str, Tensor]:

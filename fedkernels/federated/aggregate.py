@@ -32,6 +32,10 @@ class Aggregator:
         dtype: of the sums, and of what travels between ranks.
         slots: numbers the engine sends along.
         mechanism: releases the wires, which then are all private; None where none is.
+
+    Attributes:
+        slots: `[slots]`, summed over ranks by `reduce`.
+        weight: `[1]`, of the clients added, and by `reduce` of those of all ranks; 0 under privacy.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class Aggregator:
         if sum(sizes) > len(self._memory):
             self._memory = torch.zeros(sum(sizes), dtype=self._dtype, device=self._like.device)
         self.bucket = self._memory[: sum(sizes)]
-        self.slots, self._weight, self._block_weights, *payloads, self._norms = self.bucket.split(sizes)
+        self.slots, self.weight, self._block_weights, *payloads, self._norms = self.bucket.split(sizes)
         self._sums = dict(zip(self._wires, payloads, strict=True))
         self._payload = self.bucket[sum(self._heads) : sum(sizes) - cohort]
         self._noise: Tensor | None = None
@@ -89,7 +93,7 @@ class Aggregator:
         if self._mechanism is not None:
             self._add_clipped({name: up[name][c] for name in self._wires}, position, self._mechanism)
             return
-        self._weight += weight
+        self.weight += weight
         if block is not None:
             self._block_weights[block] += weight
         for name, wire in self._wires.items():
@@ -128,7 +132,7 @@ class Aggregator:
         collectives.all_reduce(self.bucket)
         if self._sliced:
             collectives.reduce_blocks(self._block_sums, self._messages, holders)
-        weight = self._weight.clamp(min=torch.finfo(self.bucket.dtype).tiny)
+        weight = self.weight.clamp(min=torch.finfo(self.bucket.dtype).tiny)
         # A block without clients has sum 0 and weight 0: its mean is 0.
         block_weights = torch.where(self._block_weights > 0, self._block_weights, 1)
         agg: dict[str, Tensor] = {}

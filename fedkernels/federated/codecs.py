@@ -184,14 +184,14 @@ CODECS: dict[str, type] = {"int8": Int8, "bf16": Bf16, "topk": TopK, "lowrank": 
 
 
 def with_codec(wires: Mapping[str, Wire], codec: Codec | None) -> dict[str, Wire]:
-    """The wires of an algorithm, with the codec of the run on every one like params that has none of its own.
+    """The wires of an algorithm, with the codec of the run on every update like params that has none of its own.
 
-    Diagnostic wires are never sent, and a codec with error feedback leaves wires of states as they are.
+    Diagnostic wires are never sent. Wires of states go as floats, but for a codec of their own: a zero decoded where a
+    second moment was would be divided by.
     """
 
     def takes(wire: Wire) -> bool:
-        fits = wire.like == "params" and wire.codec is None and not wire.diagnostic
-        return fits and not (wire.state and codec is not None and codec.error_feedback)
+        return wire.like == "params" and not (wire.codec or wire.diagnostic or wire.state)
 
     return {name: replace(wire, codec=codec) if takes(wire) else wire for name, wire in wires.items()}
 

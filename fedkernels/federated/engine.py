@@ -30,7 +30,7 @@ from .task import LocalTask
 
 EVAL_BATCH = 256
 # The engine's own numbers in the bucket; busy seconds of every rank and work of every rank follow.
-LOSS_SUM, LOSS_COUNT, CLIENTS, DROPPED, STOP, N_SLOTS = range(6)
+LOSS_SUM, LOSS_COUNT, CLIENTS, STEPS, DROPPED, STOP, N_SLOTS = range(7)
 
 
 class NonFiniteUpdateError(FloatingPointError):
@@ -255,7 +255,7 @@ class Engine:
         if private and rank == 0:
             aggregator.add_noise(self.round)
         agg = aggregator.reduce(self.collectives, holders)
-        loss_sum, loss_count, clients, dropped, stop, *per_rank = slots.tolist()
+        loss_sum, loss_count, clients, steps, dropped, stop, *per_rank = slots.tolist()
         self.dropped = [text for texts in self.collectives.gather(bad) for text in texts] if dropped else []
         if dropped and settings.on_nonfinite == "error":
             raise NonFiniteUpdateError("; ".join(self.dropped))
@@ -263,7 +263,9 @@ class Engine:
         metrics: dict[str, float | None] = {}
         # Under privacy an empty cohort is a round like any other: to skip it would tell that it was empty.
         if clients or private:
-            done = nominal if private else replace(nominal, cohort=int(clients))
+            done = nominal
+            if not private:
+                done = replace(nominal, cohort=int(clients), steps=steps / float(aggregator.weight))
             metrics |= self._update_server(agg, done)
         if self.accountant is not None:
             self.accountant.rounds += 1
@@ -344,8 +346,8 @@ class Engine:
             up = self._encoder(up, ids, mine, self.round, finite, stored)
             finite = [sent and decoded for sent, decoded in zip(finite, self._finite_rows(up), strict=True)]
         stored |= {name: keep[name] for name in self.algorithm.keep}
-        bad = []
-        for c, client in enumerate(ids):
+        bad, weighted_steps = [], 0.0
+        for c, (client, steps) in enumerate(zip(ids, self.batches.steps(ids).tolist(), strict=True)):
             if not finite[c]:
                 bad.append(f"client {client} sent NaN or infinity in round {self.round + 1}")
                 if self.store.names:
@@ -354,12 +356,14 @@ class Engine:
                 continue
             weight = float(self.sizes[client]) if self.settings.weighting == "samples" else 1.0
             aggregator.add(up, c, weight, mine[c], positions[c])
+            weighted_steps += weight * steps
             if self.store.names:
                 self.store.put([client], {name: stored[name][c : c + 1] for name in self.store.names})
         kept = torch.tensor(finite, device=task.loss_sum.device)
         aggregator.slots[LOSS_SUM] += torch.where(kept, task.loss_sum, 0).sum()
         aggregator.slots[LOSS_COUNT] += torch.where(kept, task.loss_count, 0).sum()
         aggregator.slots[CLIENTS] += sum(finite)
+        aggregator.slots[STEPS] += weighted_steps
         return bad
 
     def _check_up(self, up: Mapping[str, Tensor], clients: int) -> None:

@@ -20,7 +20,7 @@ class EngineSettings:
         rounds: R, also the length of the cosine schedule.
         cohort: clients per round, S; under Poisson sampling the expected number.
         clip_norm: l2 norm that every mini-batch gradient is clipped to; infinity for none.
-        codec: of what clients send on wires like params that have none of their own; None sends floats.
+        codec: of the updates that clients send on wires like params without one of their own; None sends floats.
         weighting: `uniform` averages clients, `samples` weights them by their number of samples.
         clients_per_batch: clients a rank trains at once; None lets the evaluator decide.
         placement: `estimated` balances local steps over ranks, `measured` also each rank's measured speed.

@@ -20,9 +20,11 @@ class Soap:
     """Adam on `Q_LᵀGQ_R` for the layout's matrices, and on everything else as it is.
 
     `L ← β_s L + (1−β_s)GGᵀ`, `R ← β_s R + (1−β_s)GᵀG`; `P = Q_L Adam(Q_LᵀGQ_R) Q_Rᵀ + λy`, where Q_L and Q_R are the
-    eigenvectors of L and R as they were before the first step. After every `refresh_every`-th step `Q ← qr(LQ)`, one
-    step of orthogonal iteration, with the columns in falling order of `diag(QᵀLQ)`; v is permuted with them, m turned
-    into the new basis. Where L and R start at zero the first step only builds them and nothing moves.
+    eigenvectors of L and R as they were before the first step. After every `refresh_every`-th step
+    `Q ← qr((L + 10⁻⁶ tr(L) I)Q)`, one step of orthogonal iteration, with the columns in falling order of `diag(QᵀLQ)`;
+    the shift keeps those of the null space, whose image is rounding. v is permuted with the columns, m turned into the
+    new basis. Where L and R start at zero the first step only builds them and nothing moves; it counts towards
+    `refresh_every`, and not in Adam's bias correction.
 
     Memory: `2(rows² + cols²)` floats per matrix and client besides m and v.
 

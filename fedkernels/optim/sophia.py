@@ -20,6 +20,7 @@ class Sophia:
 
     At local steps 1, 1 + T, 1 + 2T, …: `h ← β₂h + (1−β₂) B ĝ⊙ĝ`, with ĝ the gradient of the mean loss over B labels
     drawn from the model's own softmax, so that `E[B ĝ⊙ĝ]` is the diagonal of the Gauss–Newton matrix.
+    h holds `B ĝ⊙ĝ`, as in Sophia's Algorithm 2, so that ρ does not depend on the batch size.
     At every step `m ← β₁m + (1−β₁)g`, `P = clip(m/(ρh), ±1) + λy`.
 
     Args:

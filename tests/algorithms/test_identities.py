@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from support import CLASSES, CLIENTS, run_rounds, tiny_engine, tiny_model
 from torch import Tensor, nn
 
-from fedkernels.algorithms import FedAdamW, FedAvg, FedBcgd, FedMuon, LocalAdamW, LocalMuon, Scaffold
+from fedkernels.algorithms import FedAdamW, FedAvg, FedBcgd, FedMuon, FedPac, LocalAdamW, LocalMuon, Scaffold
 from fedkernels.contract import Algorithm
 from fedkernels.data.partition import Partition
+from fedkernels.federated import engine as engine_module
 from fedkernels.federated.batches import LocalWork
 from fedkernels.federated.objective import Objective
-from fedkernels.optim import AdamW, Muon
+from fedkernels.federated.schedule import sample_cohort
+from fedkernels.optim import AdamW, Muon, Shampoo
 
 SMALLEST = 1e-300  # takes the path of a positive option, and adds nothing in float64
 SAMPLES = 150
@@ -220,6 +222,8 @@ class LinearLoss(Objective):
         return (picked * weights).sum() / weights.sum()
 
 
+@pytest.mark.parametrize("weighting", ["uniform", "samples"])
+@pytest.mark.parametrize("work", [LocalWork(8, local_steps=3), LocalWork(8, local_epochs=2)], ids=["steps", "epochs"])
 @pytest.mark.parametrize("alpha", [0.3, 0.9])
 @pytest.mark.parametrize(
     ("with_alpha", "local_share"),
@@ -227,33 +231,72 @@ class LinearLoss(Objective):
         (lambda alpha: FedAdamW(alpha=alpha, weight_decay=0.0), lambda alpha: 1.0),
         (lambda alpha: FedAdamW(alpha=alpha, weight_decay=0.0, second_moment="full"), lambda alpha: 1.0),
         (lambda alpha: FedMuon(alpha=alpha, weight_decay=0.0), lambda alpha: 1 - alpha),
+        (lambda alpha: FedPac(local=AdamW(weight_decay=0.0), beta=alpha), lambda alpha: 1 - alpha),
     ],
-    ids=["fedadamw-hessian", "fedadamw-full", "fedmuon"],
+    ids=["fedadamw-hessian", "fedadamw-full", "fedmuon", "fedpac"],
 )
 def test_recursion_of_the_update(
-    with_alpha: Callable[[float], Algorithm], local_share: Callable[[float], float], alpha: float
+    with_alpha: Callable[[float], Algorithm],
+    local_share: Callable[[float], float],
+    alpha: float,
+    work: LocalWork,
+    weighting: str,
 ) -> None:
-    """`Δ̄_r = s L_r + α(η_r/η_{r−1})Δ̄_{r−1}`, s = 1 for FedAdamW and 1 − α for FedMuon.
+    """`Δ̄_r = s L_r + α(K̄_rη_r/(K̄_{r−1}η_{r−1}))Δ̄_{r−1}`, s = 1 for FedAdamW and 1 − α for the others.
 
-    Where gradients do not depend on the parameters, the local term L_r is the whole update of the run with α = 0.
+    Where gradients do not depend on the parameters, the local term L_r is the whole update of the run with α = 0. K̄ is
+    the mean of the clients' steps, weighted as their updates.
     """
 
     def updates(algorithm: Algorithm) -> tuple[list[Tensor], list[float]]:
+        """And how far from the start each round's clients go for a step of length 1, K̄η on average."""
         module = nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES)).double()
-        engine = tiny_engine(
-            algorithm, module=module, objective=LinearLoss, work=LocalWork(8, local_steps=3), clip_norm=float("inf")
-        )
-        deltas, rates = [], []
-        for _ in range(4):
+        options = {"work": work, "weighting": weighting, "clip_norm": float("inf")}
+        engine = tiny_engine(algorithm, module=module, objective=LinearLoss, **options)
+        deltas, reaches = [], []
+        for r in range(4):
+            ids = sample_cohort("uniform", 0, r, CLIENTS, 6)
+            weights = engine.sizes[ids] if weighting == "samples" else None
             x = engine.server.x.clone()
-            rates.append(engine.run_round()["lr"])
+            reaches.append(engine.run_round()["lr"] * np.average(engine.batches.steps(ids), weights=weights))
             deltas.append(engine.server.x - x)
-        return deltas, rates
+        return deltas, reaches
 
-    local, rates = updates(with_alpha(0.0))
+    local, reaches = updates(with_alpha(0.0))
     whole, _ = updates(with_alpha(alpha))
-    previous, previous_rate = torch.zeros_like(whole[0]), rates[0]
-    for delta, own, rate in zip(whole, local, rates, strict=True):
-        expected = local_share(alpha) * own + alpha * rate / previous_rate * previous
+    previous, previous_reach = torch.zeros_like(whole[0]), reaches[0]
+    for delta, own, reach in zip(whole, local, reaches, strict=True):
+        expected = local_share(alpha) * own + alpha * reach / previous_reach * previous
         torch.testing.assert_close(delta, expected, rtol=1e-10, atol=1e-12)
-        previous, previous_rate = delta, rate
+        previous, previous_reach = delta, reach
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        FedAdamW(),
+        FedAdamW(second_moment="full"),
+        FedPac(local=AdamW()),
+        FedPac(local=Shampoo(beta=0.7, refresh_every=2)),
+    ],
+    ids=["fedadamw-hessian", "fedadamw-full", "fedpac-adamw", "fedpac-shampoo"],
+)  # fmt: skip
+def test_a_round_without_clients_is_no_step_of_a_shared_moment(
+    algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose first Poisson sample is empty, and then draws as another does from its first round, is that other."""
+    options = {"sampling": "poisson", "schedule": "constant"}
+    expected, rows = run_rounds(tiny_engine(algorithm, **options), 3)
+    assert all(row["cohort"] for row in rows)
+    late = tiny_engine(algorithm, **options)
+    draw = late.batches.draw
+    monkeypatch.setattr(late.batches, "draw", lambda clients, r: draw(clients, r - 1))
+
+    def sample(sampling: Any, seed: int, r: int, *rest: int) -> Any:
+        return sample_cohort(sampling, seed, r - 1, *rest) if r else np.array([], dtype=np.int64)
+
+    monkeypatch.setattr(engine_module, "sample_cohort", sample)
+    found, rows = run_rounds(late, 4)
+    assert [row["cohort"] > 0 for row in rows] == [False, True, True, True]
+    assert found.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []

@@ -25,7 +25,7 @@ from fedkernels.algorithms import (
     FedProx,
     FedYogi,
 )
-from fedkernels.contract import Algorithm
+from fedkernels.contract import Algorithm, Round, Vectors
 from fedkernels.federated.batches import LocalWork
 from fedkernels.federated.engine import Engine
 from fedkernels.federated.objective import Objective
@@ -132,6 +132,17 @@ def test_fedlada_of_one_client_in_one_round_is_amsgrad() -> None:
     found = trained(algorithm, 1, lr=0.02, work=LocalWork(40, local_steps=9), **ALONE)
     optimizer = partial(running_adam, floor=1e-3, amsgrad=True, lr=0.02, betas=(0.8, 0.9), eps=0.0)
     assert_same(found, centralised(optimizer, 9, 1, batch=40), 1e-10)
+
+
+def test_the_second_moment_of_fedlada_never_falls_below_its_start() -> None:
+    """However the mean over clients rounds: the next round divides by its root."""
+    engine = tiny_engine(FedLada(eps=1e-3))
+    floor = engine.server.v_bar.clone()
+    assert (floor > 0).all()
+    agg = Vectors({"delta": torch.zeros_like(floor), "v_hat": floor * (torch.arange(len(floor)) % 3)})
+    r = Round(index=0, cohort=6, population=CLIENTS, steps=5, lr=0.05)
+    found = engine.algorithm.server(engine.server, agg, r)["v_bar"]
+    assert torch.equal(found, torch.maximum(agg.v_hat, floor))
 
 
 def linear() -> nn.Module:

@@ -11,6 +11,7 @@ from support import run_rounds, tiny_engine
 from torch import Tensor, nn
 
 from fedkernels.algorithms import (
+    FedAdamW,
     FedAvg,
     FedBcgd,
     FedMuon,
@@ -70,6 +71,23 @@ def test_fedpac_of_muon_is_fedmuon(beta: float, route: Any) -> None:
     assert torch.equal(trained(FedPac(local=muon, beta=beta)), trained(fedmuon))
 
 
+@pytest.mark.parametrize("weighting", ["uniform", "samples"])
+@pytest.mark.parametrize("rule", ["hessian", "tensor", "full"])
+def test_fedpac_of_adamw_without_correction_is_fedadamw(rule: Any, weighting: str) -> None:
+    adamw = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.2}
+    fedpac = FedPac(local=AdamW(**adamw), second_moment=rule, beta=0.0)
+    fedadamw = FedAdamW(alpha=0.0, second_moment=rule, **adamw)
+    assert torch.equal(trained(fedpac, weighting=weighting), trained(fedadamw, weighting=weighting))
+
+
+def test_means_of_what_is_no_second_moment_are_refused() -> None:
+    for local, has in ((Soap(), "Soap has H"), (Sophia(), "Sophia has h"), (Sgd(), "Sgd has no preconditioner")):
+        with pytest.raises(ValueError, match=f"second_moment is 'hessian', .* but {has}; expected 'full' or AdamW"):
+            FedPac(local=local, second_moment="hessian")
+    with pytest.raises(ValueError, match=r"second_moment is 'tensor', .* but without align no preconditioner is sent"):
+        FedPac(local=AdamW(), second_moment="tensor", align=False)
+
+
 def test_local_x_has_the_optimizer_of_its_name() -> None:
     expected = {
         LocalSoap: Soap(), LocalSophia: Sophia(), LocalMuon: Muon(momentum=0.98), LocalShampoo: Shampoo(),
@@ -78,24 +96,28 @@ def test_local_x_has_the_optimizer_of_its_name() -> None:
     assert {cls: cls().local for cls in expected} == expected
 
 
-@pytest.mark.parametrize("align", [True, False])
 @pytest.mark.parametrize("weighting", ["uniform", "samples"])
-@every_optimizer
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {"align": align}) for name in LOCAL for align in (True, False)] + [("adamw", {"second_moment": "hessian"})],
+)
 def test_drift_is_the_spread_of_the_clients_preconditioners(
-    name: str, weighting: str, align: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, weighting: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, with the clients' Θ_i taken from their local runs."""
     optimizer = OPTIMIZERS[name]
     thetas: list[Tensor] = []
 
-    def recorded(task: Task, *args: Any, **options: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
-        y, end = run_local(task, *args, **options)
-        thetas.extend(torch.cat([end[part] for part in optimizer.shared], 1).double())
+    def recorded(task: Task, *args: Any, **rest: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+        y, end = run_local(task, *args, **rest)
+        theta = torch.cat([end[part] for part in optimizer.shared], 1).double()
+        rule = options.get("second_moment")
+        thetas.extend(task.layout.curvature_blocks(rule).mean(theta) if rule else theta)
         return y, end
 
     monkeypatch.setattr(fedpac_module, "run_local", recorded)
     settings = {"weighting": weighting, "dtype": torch.float32, "clients_per_batch": 4}
-    engine = tiny_engine(FedPac(local=optimizer, align=align), **settings)
+    engine = tiny_engine(FedPac(local=optimizer, **options), **settings)
     sizes: list[float] = []
     train = engine._train
 

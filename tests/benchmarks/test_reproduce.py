@@ -91,6 +91,14 @@ def test_what_was_tuned_replaces_the_values_of_the_configurations(tmp_path: Path
     assert reproduce.tuned(file) == {"fedavg": {"lr": 0.3}}
 
 
+def test_a_run_that_diverges_has_learnt_nothing() -> None:
+    rows, sharpness = reproduce.run("digits", "fedavg", {"lr": 1e30, "rounds": 7, "clip_norm": math.inf}, True)
+    run = Outcome("fedavg", 1e30, [rows])
+    assert len(rows) == 7
+    assert run.accuracy == [0.0]
+    assert sharpness == math.inf
+
+
 def test_a_small_reproduction_from_runs_to_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--claims", "fedmuon", "--seeds", "2", "--rounds", "2", "--jobs", "2", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["reproduce.py", *options])

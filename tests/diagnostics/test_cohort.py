@@ -41,10 +41,11 @@ def test_what_clients_send_is_what_the_server_gets() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_every_algorithm_is_left_as_it_was(name: str) -> None:
     """A run that is looked at in between ends as one that is not."""
-    watched, other = (tiny_engine(CASES[name].build(), work=WORK) for _ in range(2))
+
+    watched, other = (CASES[name].engine(work=WORK) for _ in range(2))
     run_rounds(watched, 2)
     cohort = train_cohort(watched, 0.01)
-    assert cohort.y.shape == (6, watched.layout.d)
+    assert cohort.y.shape == (len(watched.draw_cohort()[0]), watched.layout.d)
     assert torch.equal(cohort.y, train_cohort(watched, 0.01).y)
     after, rows = run_rounds(watched, 2)
     expected, all_rows = run_rounds(other, 4)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import CASES, state
 from support import CLIENTS, run_rounds, tiny_engine, tiny_model, tiny_roles
 from torch import Tensor
 
-from fedkernels.algorithms import FedAdamW, FedAvg, FedBcgd, FedMuon, Scaffold
+from fedkernels.algorithms import FedAdamW, FedAvg, FedBcgd, FedBcgdPlus, FedLada, FedMuon, FedSmoo, Scaffold
 from fedkernels.contract import Algorithm, Task, Vectors
 from fedkernels.federated.codecs import CODECS, Bf16, Encoder, Int8, LowRank, TopK, codec_notes, with_codec
 from fedkernels.federated.engine import Engine, NonFiniteUpdateError
@@ -257,15 +258,16 @@ def test_the_codec_of_the_run_goes_to_wires_without_their_own() -> None:
         "delta": Wire(),
         "own": Wire(codec=Bf16()),
         "v": Wire(state=True),
+        "q": Wire(state=True, codec=Bf16()),
         "M": Wire("matrices"),
         "loss": Wire("scalar"),
         "watched": Wire(diagnostic=True),
     }
     assert with_codec(wires, None) == wires
     int8, topk = ({name: wire.codec for name, wire in with_codec(wires, codec).items()} for codec in (Int8(), TopK()))
-    none = {"M": None, "loss": None, "watched": None}
-    assert int8 == {"delta": Int8(), "own": Bf16(), "v": Int8()} | none
-    assert topk == {"delta": TopK(), "own": Bf16(), "v": None} | none
+    none = {"v": None, "M": None, "loss": None, "watched": None}
+    assert int8 == {"delta": Int8(), "own": Bf16(), "q": Bf16()} | none
+    assert topk == {"delta": TopK(), "own": Bf16(), "q": Bf16()} | none
 
 
 def test_notes_say_what_a_codec_does_not_shrink() -> None:
@@ -286,6 +288,22 @@ def test_the_table_names_every_codec() -> None:
 
 
 # In the engine
+
+
+UNCODED = [name for name, case in CASES.items() if not case.private and "codec" not in case.settings]
+
+
+@pytest.mark.parametrize("codec", [Int8(), TopK()], ids=["int8", "topk"])
+@pytest.mark.parametrize("name", UNCODED)
+def test_every_algorithm_trains_with_a_codec_and_sends_less(name: str, codec: Codec) -> None:
+    """Also where units are dead: a second moment of their weights is as it was, or zero."""
+    plain, coded = CASES[name].engine(), CASES[name].engine(codec=codec)
+    coded.named_parameters()["1.bias"][:4] = -1e3
+    _, rows = run_rounds(coded, 4)
+    assert [key for key, value in state(coded).items() if not np.isfinite(value).all()] == []
+    for row in rows:
+        assert math.isfinite(row["train_loss"])
+        assert row["protocol_up_bytes"] < plain.run_round()["protocol_up_bytes"]
 
 
 def encoded(codec: Codec, clients: list[int], r: int = 0, seed: int = 0, rows: Tensor | None = None) -> Tensor:
@@ -398,8 +416,12 @@ def test_feedback_sends_a_constant_update_in_the_long_run() -> None:
         # 8 x 16 at rank ⌊32/25⌋ = 1, 8 x 8 at ⌊16/17⌋ = 0, so 1.
         (FedAvg(), LowRank(), lambda size: (332 - 256 + 25 + 2 * 17) * size),
         (Scaffold(), Int8(), lambda size: 2 * (332 + 2 * 4)),
-        (FedAdamW(second_moment="full"), Int8(), lambda size: 2 * (332 + 2 * 4)),
+        (FedAdamW(second_moment="full"), Int8(), lambda size: 332 + 2 * 4 + 332 * size),
         (FedAdamW(second_moment="full"), TopK(), lambda size: 33 * (size + 4) + 332 * size),
+        (FedLada(), Int8(), lambda size: 332 + 2 * 4 + 332 * size),
+        (FedSmoo(), Bf16(), lambda size: 2 * 332 + 332 * size),
+        (FedBcgdPlus(blocks=1), Bf16(), lambda size: 2 * 2 * 332),
+        (FedBcgdPlus(blocks=1, control="ema"), Bf16(), lambda size: 2 * 332 + 332 * size),
         (FedAdamW(), Bf16(), lambda size: 2 * 332 + 58 * size),
         (FedMuon(), Int8(), lambda size: 332 + 2 * 4 + 256 * size),
         (FedMuon(momentum_rank=0.25), Bf16(), lambda size: 2 * 332 + (25 + 2 * 17) * size),

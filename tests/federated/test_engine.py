@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cases import poison
 from rank_checks import engine_on_ranks
 from support import CLIENTS, on_ranks, run_rounds, tiny_engine, uneven_partition
 from torch import Tensor
@@ -138,8 +140,9 @@ def test_the_train_loss_is_the_mean_over_clients_and_steps() -> None:
     assert engine.run_round()["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-13)
 
 
-def test_what_an_algorithm_is_told() -> None:
-    """Round, lr and steps of the task; the server gets the cohort that counted."""
+@pytest.mark.parametrize("weighting", ["uniform", "samples"])
+def test_what_an_algorithm_is_told(weighting: str) -> None:
+    """Round, lr and steps of the task; the server and the metrics get the cohort that counted and what it did."""
     seen: list[Any] = []
 
     class Spy(FedAvg):
@@ -152,14 +155,28 @@ def test_what_an_algorithm_is_told() -> None:
             seen.append(r)
             return super().server(s, agg, r)
 
-    engine = tiny_engine(Spy(), clients_per_batch=6)
-    engine.run_round()
+        def metrics(self, s: Vectors, agg: Vectors, r: Round) -> dict[str, float]:
+            seen.append(r)
+            return {}
+
     ids = sample_cohort("uniform", 0, 0, CLIENTS, 6).tolist()
-    (task_round, lr, steps), server_round = seen
-    expected = Round(index=0, cohort=6, population=CLIENTS, steps=5, lr=0.05)
-    assert task_round == server_round == expected
-    assert lr == 0.05
-    assert sorted(steps) == sorted(min(5, 3 * math.ceil(len(engine.batches.partition[i]) / 8)) for i in ids)
+    for dropped in (set[int](), {ids[2]}):
+        seen.clear()
+        engine = tiny_engine(Spy(), clients_per_batch=6, weighting=weighting, on_nonfinite="drop_client")
+        poison(engine, {0: dropped})
+        engine.run_round()
+        (task_round, lr, steps), *server_rounds = seen
+        nominal = Round(index=0, cohort=6, population=CLIENTS, steps=5, lr=0.05)
+        assert task_round == nominal
+        assert lr == 0.05
+        K = {i: min(5, 3 * math.ceil(len(engine.batches.partition[i]) / 8)) for i in ids}
+        assert sorted(steps) == sorted(K.values())
+        weights = {
+            i: len(engine.batches.partition[i]) if weighting == "samples" else 1 for i in ids if i not in dropped
+        }
+        mean = sum(weight * K[i] for i, weight in weights.items()) / sum(weights.values())
+        assert 3 < mean < 5
+        assert server_rounds == [replace(nominal, cohort=len(weights), steps=mean)] * 2
 
 
 def test_the_model_is_left_in_training_mode_with_the_server_parameters() -> None:

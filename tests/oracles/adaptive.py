@@ -30,23 +30,25 @@ def fedadamw(
     f: Federation, rounds: int, *, second_moment: str = "hessian", alpha: float = 0.5, **options: Any
 ) -> dict[str, Any]:
     """`v_bar` is returned expanded, every coordinate with the value of its block, unless nothing of v travels."""
-    x, G, v_bar = f.start(), f.zeros(), f.zeros()
-    K = f.nominal_steps
+    x, G, v_bar, t = f.start(), f.zeros(), f.zeros(), 0.0
     for r in range(rounds):
         deltas, moments = {}, {}
         for i in f.cohort(r):
             y, v = dict(x), dict(v_bar)
-            direction = adamw(f, v=v, seen=0 if second_moment == "none" else r * K, **options)
+            direction = adamw(f, v=v, seen=0 if second_moment == "none" else t, **options)
             for k, step in enumerate(f.steps(i, r), start=1):
                 p = direction(y, f.gradient(y, step), k)
                 y = {n: y[n] - f.lr(r) * (p[n] + alpha * G[n]) for n in y}
             deltas[i], moments[i] = minus(y, x), v
         delta = f.mean(deltas)
         x = {n: x[n] + delta[n] for n in x}
+        K = f.mean_steps(deltas, r)
         G = {n: -delta[n] / (K * f.lr(r)) for n in x}
+        t += K
         if second_moment != "none":
             v_bar = f.block_mean(f.mean(moments), second_moment)
-    return {"x": x, "G": G} | ({} if second_moment == "none" else {"v_bar": v_bar})
+    shared = {"v_bar": v_bar, "t": torch.tensor([t], dtype=torch.float64)}
+    return {"x": x, "G": G} | ({} if second_moment == "none" else shared)
 
 
 def fedmuon(
@@ -61,7 +63,6 @@ def fedmuon(
     """`M_bar` holds the hidden matrices only, and is not there where momentum is not shared."""
     x, G = f.start(), f.zeros()
     M_bar = {n: torch.zeros_like(x[n]) for n in f.hidden}
-    K = f.nominal_steps
     for r in range(rounds):
         deltas, momenta = {}, {}
         for i in f.cohort(r):
@@ -75,6 +76,7 @@ def fedmuon(
                 momenta[i] = {n: truncated(f, n, m, momentum_rank) for n, m in M.items()}
         delta = f.mean(deltas)
         x = {n: x[n] + delta[n] for n in x}
+        K = f.mean_steps(deltas, r)
         G = {n: -delta[n] / (K * f.lr(r)) for n in x}
         if share_momentum:
             M_bar = f.mean(momenta)

@@ -88,7 +88,8 @@ def fedcm(
             deltas[i] = minus(descend(f, i, r, x, mixed), x)
         delta = f.mean(deltas)
         x = {n: x[n] + server_lr * delta[n] for n in x}
-        G = {n: -delta[n] / (f.nominal_steps * f.lr(r)) for n in x}
+        K = f.mean_steps(deltas, r)
+        G = {n: -delta[n] / (K * f.lr(r)) for n in x}
     return {"x": x, "G": G}
 
 
@@ -159,7 +160,8 @@ def fedlada(
             deltas[i], maxima[i] = minus(descend(f, i, r, x, amended), x), v_hat
         delta, v_bar = f.mean(deltas), f.mean(maxima)
         x = {n: x[n] + server_lr * delta[n] for n in x}
-        G = {n: -delta[n] / (f.nominal_steps * f.lr(r)) for n in x}
+        K = f.mean_steps(deltas, r)
+        G = {n: -delta[n] / (K * f.lr(r)) for n in x}
     return {"x": x, "G": G, "v_bar": v_bar}
 
 

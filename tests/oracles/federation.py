@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -99,14 +99,22 @@ class Federation:
 
     def mean(self, sent: Mapping[int, Named]) -> Named:
         """The cohort's mean, weighted as the settings say."""
-        sizes = self.batches.partition.sizes
-        weights = {i: float(sizes[i]) if self.settings.weighting == "samples" else 1.0 for i in sent}
-        total = sum(weights.values())
+        weights = self.weights(sent)
         out = {n: torch.zeros_like(t) for n, t in next(iter(sent.values())).items()}
         for i, named in sent.items():
             for n in out:
-                out[n] = out[n] + weights[i] / total * named[n]
+                out[n] = out[n] + weights[i] * named[n]
         return out
+
+    def mean_steps(self, clients: Iterable[int], r: int) -> float:
+        """K of the equations that divide a mean update: the mean of what the clients did, weighted as the updates."""
+        return sum(weight * len(list(self.steps(i, r))) for i, weight in self.weights(clients).items())
+
+    def weights(self, clients: Iterable[int]) -> dict[int, float]:
+        """As the settings say, and 1 together."""
+        sizes = self.batches.partition.sizes
+        own = {i: float(sizes[i]) if self.settings.weighting == "samples" else 1.0 for i in clients}
+        return {i: weight / sum(own.values()) for i, weight in own.items()}
 
     def curvature(self, name: str, rule: str) -> Tensor:
         """The curvature block of every coordinate of a tensor, as integers of its shape."""

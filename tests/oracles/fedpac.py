@@ -18,7 +18,7 @@ from fedkernels.rng import Purpose, stream
 
 from .comparison import Case
 from .federation import Federation, Named, minus
-from .optimizers import adamw, muon
+from .optimizers import ADAMW_OPTIONS, ORACLE_ADAMW_OPTIONS, adamw, muon
 
 Pair = tuple[Tensor, Tensor]
 Factors = dict[str, Pair]
@@ -99,7 +99,7 @@ def soap(
     r: int,
     i: int,
     theta: Named | None = None,
-    seen: int = 0,
+    seen: float = 0,
     *,
     betas: tuple[float, float] = (0.95, 0.95),
     shampoo_beta: float = 0.95,
@@ -148,7 +148,7 @@ def shampoo(
     r: int,
     i: int,
     theta: Named | None = None,
-    seen: int = 0,
+    seen: float = 0,
     *,
     beta: float = 0.95,
     eps: float = 1e-4,
@@ -180,7 +180,7 @@ def sophia(
     r: int,
     i: int,
     theta: Named | None = None,
-    seen: int = 0,
+    seen: float = 0,
     *,
     betas: tuple[float, float] = (0.9, 0.99),
     rho: float = 0.01,
@@ -219,37 +219,50 @@ def sophia(
     return Local(direction, lambda: h, before)
 
 
-def pac_adamw(f: Federation, r: int, i: int, theta: Named | None = None, seen: int = 0, **options: Any) -> Local:
+def pac_adamw(f: Federation, r: int, i: int, theta: Named | None = None, seen: float = 0, **options: Any) -> Local:
     v = f.zeros() if theta is None else dict(theta)
     return Local(adamw(f, v=v, seen=seen, **options), lambda: v)
 
 
-def pac_muon(f: Federation, r: int, i: int, theta: Named | None = None, seen: int = 0, **options: Any) -> Local:
+def pac_muon(f: Federation, r: int, i: int, theta: Named | None = None, seen: float = 0, **options: Any) -> Local:
     M = {n: torch.zeros_like(f.start()[n]) for n in f.hidden} if theta is None else dict(theta)
     return Local(muon(f, M=M, **options), lambda: M)
 
 
 def fedpac(
-    f: Federation, rounds: int, *, local: Start, name: str, beta: float = 0.5, align: bool = True
+    f: Federation,
+    rounds: int,
+    *,
+    local: Start,
+    name: str,
+    beta: float = 0.5,
+    align: bool = True,
+    counted: bool = False,
+    rule: str | None = None,
 ) -> dict[str, Any]:
-    """`theta_H` is `joined`."""
-    x, G, theta = f.start(), f.zeros(), None
-    K = f.nominal_steps
+    """`theta_H` is `joined`; with a `rule`, every coordinate of `theta_v` has the value of its block."""
+    x, G, theta, t = f.start(), f.zeros(), None, 0.0
     for r in range(rounds):
         deltas, thetas = {}, {}
         for i in f.cohort(r):
             y = dict(x)
-            client = local(f, r, i, theta, r * K) if align and theta is not None else local(f, r, i)
+            client = local(f, r, i, theta, t) if align and theta is not None else local(f, r, i)
             for k, step in enumerate(f.steps(i, r), start=1):
                 client.before(y, step, k)
                 p = client.direction(y, f.gradient(y, step), k)
                 y = {n: y[n] - f.lr(r) * ((1 - beta) * p[n] + beta * G[n]) for n in y}
             deltas[i], thetas[i] = minus(y, x), dict(client.theta())
         delta, theta = f.mean(deltas), f.mean(thetas)
+        theta = f.block_mean(theta, rule) if rule else theta
         x = {n: x[n] + delta[n] for n in x}
+        K = f.mean_steps(deltas, r)
+        t += K
         G = {n: -delta[n] / (K * f.lr(r)) for n in x}
     assert theta is not None
-    return {"x": x, "G": G, f"theta_{name}": joined(theta) if name == "H" else theta} if align else {"x": x, "G": G}
+    found: dict[str, Any] = {"x": x, "G": G}
+    if align:
+        found[f"theta_{name}"] = joined(theta) if name == "H" else theta
+    return found | ({"t": torch.tensor([t], dtype=torch.float64)} if counted else {})
 
 
 def average(f: Federation, rounds: int, **options: Any) -> dict[str, Any]:
@@ -295,13 +308,22 @@ CASES: dict[str, Case] = {
         partial(fedpac, local=ORACLE_SOPHIA_OPTIONS, name="h", beta=0.3),
         {"weighting": "samples", "clip_norm": 1.0, "lr": 0.02},
     ),
-    "fedpac-shampoo": Case(FedPac(local=Shampoo()), partial(fedpac, local=shampoo, name="H"), **H),
+    "fedpac-shampoo": Case(FedPac(local=Shampoo()), partial(fedpac, local=shampoo, name="H", counted=True), **H),
     "fedpac-shampoo-options": Case(
         FedPac(local=SHAMPOO_OPTIONS, beta=0.2),
-        partial(fedpac, local=ORACLE_SHAMPOO_OPTIONS, name="H", beta=0.2),
+        partial(fedpac, local=ORACLE_SHAMPOO_OPTIONS, name="H", beta=0.2, counted=True),
         {"weighting": "samples"},
         **H,
     ),
     "fedpac-muon": Case(FedPac(local=Muon(momentum=0.9)), partial(fedpac, local=partial(pac_muon, beta=0.9), name="M")),
-    "fedpac-adamw": Case(FedPac(local=AdamW()), partial(fedpac, local=pac_adamw, name="v")),
+    "fedpac-adamw": Case(FedPac(local=AdamW()), partial(fedpac, local=pac_adamw, name="v", counted=True)),
+    **{
+        f"fedpac-adamw-{rule}": Case(
+            FedPac(local=AdamW(**ADAMW_OPTIONS), second_moment=rule),
+            partial(fedpac, local=partial(pac_adamw, **ORACLE_ADAMW_OPTIONS), name="v", counted=True, rule=rule),
+            {"weighting": "samples"},
+            expand={"theta_v": lambda layout, v, rule=rule: layout.curvature_blocks(rule).expand(v)},
+        )
+        for rule in ("hessian", "tensor")
+    },
 }

@@ -88,7 +88,7 @@ def adamw(
     eps: float = 1e-8,
     decay: float = 0.01,
     v: Named | None = None,
-    seen: int = 0,
+    seen: float = 0,
 ) -> Direction:
     """`v` is updated in place; it has seen that many steps."""
     m = f.zeros()

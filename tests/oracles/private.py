@@ -86,7 +86,7 @@ def dp_fedadamw(f: Federation, rounds: int, *, alpha: float = 0.5, **options: An
 
 def largest(named: Named, share: float) -> Named:
     flat = torch.cat([t.flatten() for t in named.values()]).abs().sort(descending=True).values
-    least = float(flat[math.ceil(share * len(flat)) - 1])
+    least = float(flat[max(1, round(share * len(flat))) - 1])
     return {n: t * (t.abs() >= least) for n, t in named.items()}
 
 

@@ -86,7 +86,8 @@ def fedsam(
             deltas[i] = minus(y, x)
         delta = f.mean(deltas)
         x = plus(x, delta, server_lr)
-        G = {n: -delta[n] / (f.nominal_steps * f.lr(r)) for n in x}
+        K = f.mean_steps(deltas, r)
+        G = {n: -delta[n] / (K * f.lr(r)) for n in x}
     return {"x": x} if beta is None else {"x": x, "G": G}
 
 

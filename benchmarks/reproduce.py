@@ -54,7 +54,8 @@ def configuration(suite: str, name: str, overrides: Overrides) -> Config:
     path = ROOT / "configs" / suite / f"{name}.yaml"
     if not path.exists():
         digits = yaml.safe_load((ROOT / "configs" / "digits" / f"{name}.yaml").read_text())
-        method = {key: digits[key] for key in ("algorithm", "privacy", "sampling", "lr") if key in digits}
+        keys = ("algorithm", "privacy", "sampling", "on_nonfinite", "lr")
+        method = {key: digits[key] for key in keys if key in digits}
         path, overrides = path.with_name("fedavg.yaml"), method | overrides
     return load(path, overrides)
 

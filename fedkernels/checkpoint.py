@@ -130,16 +130,16 @@ def restore(root: Path, engine: Engine, fingerprint: dict[str, Any]) -> tuple[di
     engine.settle(Choice(**manifest["choice"]))
     if engine.accountant is not None and engine.mechanism is not None:
         engine.accountant.rounds = manifest["privacy"]["rounds"]
-        engine.mechanism.noise_seed = manifest["privacy"]["noise_seed"]
+        engine.mechanism.seed = manifest["privacy"]["seed"]
     return manifest["totals"], notes
 
 
 def _ledger(engine: Engine) -> dict[str, Any] | None:
-    """What has been released so far, and the seed of its noise, which must stay as secret as the data."""
+    """What has been released so far, and the seed of cohorts and noise, which must stay as secret as the data."""
     if engine.accountant is None or engine.mechanism is None:
         return None
     names = ("noise_multiplier", "sampling_rate", "delta", "rounds")
-    return {name: getattr(engine.accountant, name) for name in names} | {"noise_seed": engine.mechanism.noise_seed}
+    return {name: getattr(engine.accountant, name) for name in names} | {"seed": engine.mechanism.seed}
 
 
 def _load(path: Path, names: list[str], engine: Engine) -> None:

@@ -18,6 +18,7 @@ from .checkpoint import CheckpointError
 from .config import CHOICES, Config, ConfigError, describe, load, make, nearest, parse_overrides, parse_value
 from .diagnostics.settings import DiagnosisSettings
 from .federated.engine import NonFiniteUpdateError
+from .formats import format_epsilon
 from .kernels.dispatch import BackendError
 
 TABLES = dict(
@@ -210,16 +211,24 @@ def _diagnose(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _privacy(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from .privacy.accountant import METHODS, Accountant, noise_for
+    from .privacy.accountant import METHODS, Accountant, OutOfReachError, noise_for
 
     rate, rounds, delta = options.sampling_rate, options.rounds, options.delta
+    if options.sigma is not None:
+        accountant = Accountant(options.sigma, rate, delta)
+        for method in METHODS:
+            print(f"epsilon by {method.upper()}  {format_epsilon(accountant.epsilon(rounds, method), digits=6)}")
+        return 0
+    found, failures = {}, []
     for method in METHODS:
-        if options.sigma is not None:
-            value = Accountant(options.sigma, rate, delta).epsilon(rounds, method)
-            print(f"epsilon by {method.upper()}  {value:.4f}")
-        else:
-            value = noise_for(options.target_epsilon, rate, rounds, delta, method)
-            print(f"sigma by {method.upper()}  {value:.4f}")
+        try:
+            found[method] = f"{noise_for(options.target_epsilon, rate, rounds, delta, method):.4f}"
+        except OutOfReachError as error:
+            failures.append(error)
+    if not found:
+        raise failures[0]
+    for method in METHODS:
+        print(f"sigma by {method.upper()}  {found.get(method, 'out of reach')}")
     return 0
 
 

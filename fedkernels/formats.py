@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from decimal import ROUND_CEILING, Decimal
+
 
 def format_bytes(n_bytes: float) -> str:
     """Bytes in decimal units.
@@ -63,3 +66,16 @@ def format_share(fraction: float) -> str:
         '45.7%'
     """
     return f"{fraction:.1%}"
+
+
+def format_epsilon(epsilon: float, digits: int = 4) -> str:
+    """Some significant digits, rounded up: an upper bound must not be printed as a smaller number.
+
+    Example:
+        >>> format_epsilon(13.4811), format_epsilon(0.00123401), format_epsilon(float("inf"))
+        ('13.49', '0.001235', 'inf')
+    """
+    if not math.isfinite(epsilon) or epsilon <= 0:
+        return f"{epsilon:g}"
+    exact = Decimal(epsilon)
+    return f"{exact.quantize(Decimal(1).scaleb(exact.adjusted() + 1 - digits), ROUND_CEILING):f}"

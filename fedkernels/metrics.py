@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
-from .formats import format_bytes, format_loss, format_rate, format_seconds, format_share
+from .formats import format_bytes, format_epsilon, format_loss, format_rate, format_seconds, format_share
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -186,7 +186,7 @@ class Progress:
             f"{_text(row.get('clients_per_s'), format_rate):>5} clients/s"
         )
         if "epsilon" in row:
-            numbers += f"  ε {_text(row['epsilon'], '{:.2f}'.format):>5}"
+            numbers += f"  ε {_text(row['epsilon'], format_epsilon):>5}"
         last = round >= self.total_rounds
         if self._bar is not None:
             self._bar.update(TaskID(0), completed=round, description=self._head(round), tail=f"{numbers}  {remaining}")

@@ -195,7 +195,7 @@ def _differences(groups: Sequence[Group]) -> str:
     """The keys in which the groups differ; a group's seeds share a cell."""
     if len(groups) < 2:
         return ""
-    flat = [[_flatten(run.config) for run in group.runs] for group in groups]
+    flat = [[_flatten(_shown(run.config)) for run in group.runs] for group in groups]
     keys = {key for configs in flat for config in configs for key in config} - {"run_dir"}
     rows = []
     for key in sorted(keys):
@@ -208,12 +208,20 @@ def _differences(groups: Sequence[Group]) -> str:
 def _configurations(groups: Sequence[Group]) -> str:
     folds = []
     for group in groups:
-        if config := group.runs[0].config:
+        if config := _shown(group.runs[0].config):
             seeds = listed(str(run.config.get("seed")) for run in group.runs)
             title = f"{group.label}, seed{'s' * (len(group.runs) > 1)} {seeds}"
             text = f"<pre>{esc(yaml.safe_dump(config, sort_keys=False))}</pre>"
             folds.append(fold(title, text, open=len(groups) == 1))
     return "".join(folds)
+
+
+def _shown(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without the seed that would let a reader subtract the noise."""
+    privacy = config.get("privacy")
+    if not isinstance(privacy, Mapping) or privacy.get("noise_seed") is None:
+        return dict(config)
+    return {**config, "privacy": {**privacy, "noise_seed": "(secret)"}}
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -33,12 +34,21 @@ FREE_KEYS = {
     "on_nonfinite",
 }
 
+# Keys that a continuation keeps, although the numbers do not depend on them.
+HOW_KEYS = {"evaluator", "clients_per_batch", "placement"}
+
 
 def fingerprint(config: Config) -> dict[str, Any]:
     """The keys in which a continuation must equal the run."""
     # Only the cosine schedule depends on how many rounds there will be; other runs may be prolonged.
     free = FREE_KEYS if config.schedule == "cosine" else FREE_KEYS | {"rounds"}
     return {key: value for key, value in resolved(config).items() if key not in free}
+
+
+def run_number(config: Config) -> int:
+    """64 bits that runs share only where they compute the same, however they compute it."""
+    what = {key: value for key, value in fingerprint(config).items() if key not in HOW_KEYS}
+    return int.from_bytes(hashlib.sha256(json.dumps(what, sort_keys=True).encode()).digest()[:8])
 
 
 def check_unused(run_dir: Path) -> None:

@@ -24,9 +24,10 @@ from .federated.collectives import Collectives, join, pick_device
 from .federated.engine import Engine
 from .federated.objective import Objective
 from .federated.settings import EngineSettings
-from .metrics import MetricsWriter, Progress
+from .formats import format_epsilon
+from .metrics import MetricsWriter, Progress, read_metrics
 from .rng import Purpose, stream
-from .run_folder import check_unused, fingerprint, open_run, save_model
+from .run_folder import check_unused, fingerprint, open_run, run_number, save_model
 
 
 @dataclass
@@ -70,6 +71,7 @@ def build(config: Config, collectives: Collectives) -> tuple[Engine, Dataset, Pa
         collectives,
         roles=config.model.roles(module),
         directory=config.run_dir / "client_state",
+        run=run_number(config),
     )
     return engine, data, partition
 
@@ -105,6 +107,12 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
     notes.append(f"{ranks} rank{'s' * (ranks > 1)} on {device.type}, {engine.layout.d:,} parameters")
     notes.append(f"evaluator {choice.evaluator}, {choice.clients_per_batch} client(s) at once: {choice.why}")
     notes += codec_notes(engine.wires, engine.layout)
+    if engine.mechanism is not None:
+        lost = _count_lost_rounds(engine, config.run_dir)
+        notes += lost
+        if restored is None or lost:
+            # Before anything is released: a run that dies goes on with its seed and its ledger.
+            checkpoint.save(checkpoints, engine, identity, totals, config.keep_checkpoints)
     # Every rank works it out, but only as alike as their processors round.
     rounds = collectives.gather(engine.last_round())[0]
     notes += _privacy_notes(engine, rounds)
@@ -174,14 +182,24 @@ class _Log:
         self._writer.close()
 
 
+def _count_lost_rounds(engine: Engine, run_dir: Path) -> list[str]:
+    """Count rounds that came after the checkpoint: with secure noise they are released again, and not alike."""
+    rows = engine.collectives.agree(lambda: read_metrics(run_dir) if engine.collectives.rank == 0 else [])
+    last = engine.collectives.gather(rows[-1]["round"] if rows else 0)[0]
+    if engine.mechanism is None or engine.accountant is None or not engine.mechanism.secure or last <= engine.round:
+        return []
+    engine.accountant.rounds += last - engine.round
+    return [f"privacy: rounds {engine.round + 1} to {last} are run again with other noise; ε counts them twice"]
+
+
 def _privacy_notes(engine: Engine, rounds: int) -> list[str]:
     privacy, accountant = engine.settings.privacy, engine.accountant
     if privacy is None or accountant is None:
         return []
-    epsilon = accountant.epsilon(rounds, privacy.accountant)
+    epsilon = accountant.epsilon(accountant.rounds + rounds - engine.round, privacy.accountant)
     notes = [
-        f"privacy: ε = {epsilon:.4g} at δ = {privacy.delta:g} after round {rounds}, by {privacy.accountant.upper()}, "
-        f"with σ = {privacy.noise_multiplier:g} and q = {accountant.sampling_rate:g}"
+        f"privacy: ε = {format_epsilon(epsilon)} at δ = {privacy.delta:g} after round {rounds}, "
+        f"by {privacy.accountant.upper()}, with σ = {privacy.noise_multiplier:g} and q = {accountant.sampling_rate:g}"
     ]
     if privacy.delta >= 1 / engine.population:
         notes.append(

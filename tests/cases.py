@@ -19,7 +19,7 @@ from fedkernels.federated.collectives import Collectives
 from fedkernels.federated.engine import Engine
 from fedkernels.federated.schedule import sample_cohort
 from fedkernels.optim import AdamW, Muon, Shampoo, Soap, Sophia
-from fedkernels.privacy.mechanism import Privacy
+from fedkernels.privacy.mechanism import GaussianMechanism, Privacy
 
 Result = dict[str, Any]
 
@@ -66,8 +66,12 @@ class Case:
     def private(self) -> bool:
         return "privacy" in self.settings
 
+    @property
+    def cohort_seed(self) -> int:
+        return GaussianMechanism(self.settings["privacy"], 1).seed if self.private else 0
+
     def cohort(self, r: int, size: int = COHORT) -> np.ndarray:
-        return sample_cohort(self.settings.get("sampling", "uniform"), 0, r, CLIENTS, size)
+        return sample_cohort(self.settings.get("sampling", "uniform"), self.cohort_seed, r, CLIENTS, size)
 
     def build(self) -> Algorithm:
         return ALGORITHMS[self.algorithm](**self.options)
@@ -78,6 +82,7 @@ class Case:
 
 PRIVATE: dict[str, Any] = {
     "sampling": "poisson",
+    "on_nonfinite": "drop_client",
     "privacy": Privacy(noise_multiplier=0.7, clip=0.05, delta=0.01, noise_seed=7),
 }
 CASES = {

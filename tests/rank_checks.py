@@ -90,7 +90,8 @@ class Silent(DpFedAvg):
 def noise_on_ranks(collectives: Collectives) -> list[np.ndarray]:
     """What every round adds to x when clients send zeros."""
     privacy = Privacy(noise_multiplier=0.7, clip=0.05, delta=0.01, noise_seed=7)
-    engine = tiny_engine(Silent(), collectives=collectives, sampling="poisson", privacy=privacy)
+    options = {"sampling": "poisson", "on_nonfinite": "drop_client", "privacy": privacy}
+    engine = tiny_engine(Silent(), collectives=collectives, **options)
     steps = []
     for _ in range(3):
         before = engine.server.x.clone()
@@ -98,3 +99,14 @@ def noise_on_ranks(collectives: Collectives) -> list[np.ndarray]:
         assert ("epsilon" in row) == (collectives.rank == 0)
         steps.append((engine.server.x - before).numpy().copy())
     return steps
+
+
+def secrets_on_ranks(collectives: Collectives, noise: str) -> dict[str, Any]:
+    """What each rank draws where no seed is given, and what it goes on with."""
+    privacy = Privacy(noise_multiplier=0.7, clip=0.05, delta=0.01, noise=noise)  # type: ignore[arg-type]
+    options = {"sampling": "poisson", "on_nonfinite": "drop_client", "privacy": privacy}
+    engine = tiny_engine(Silent(), collectives=collectives, **options)
+    assert engine.mechanism is not None
+    drawn = engine.mechanism.seed
+    engine.run_round()
+    return {"drawn": drawn, "settled": engine.mechanism.seed, "x": engine.server.x.numpy().copy()}

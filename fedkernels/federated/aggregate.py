@@ -20,7 +20,7 @@ class Aggregator:
     """Sums uploads and weights of a round and reduces them over ranks; `reset` starts the next round.
 
     The bucket holds, in order: `slots` numbers of the engine's own (losses, counts, flags), the total weight, the
-    weight of every block, under privacy the norm of every client's update, then the payloads. Whole wires lie in it
+    weight of every block, the payloads, then under privacy the norm of every client's update. Whole wires lie in it
     entirely; of an `only_block` wire just the shared block does. Its other blocks are reduced apart, each among the
     ranks that hold it and together with the same block of every other such wire: one message carries `[wires, block]`.
 
@@ -56,31 +56,34 @@ class Aggregator:
         self._mechanism = mechanism
         self._dtype = dtype
         self._heads = [slots, 1, layout.n_blocks if self._sliced else 0]
-        self._sizes = []
+        self._sizes: list[int] = []
         for name, wire in wires.items():
             if wire.only_block and wire.like != "params":
                 raise ValueError(f"wire {name!r} is sent by block, so it must be like params, not {wire.like!r}")
             if wire.private and (wire.only_block or wire.reduce != "mean"):
                 raise ValueError(f"wire {name!r} is private, so it must be sent whole and reduced by mean")
             self._sizes.append(self._shared.stop - self._shared.start if wire.only_block else wire.size(layout))
-        self._allocate(0)
+        self._memory = like.new_empty(0, dtype=dtype)
+        self._lay_out(0)
         # Block by block, and inside a block wire by wire.
         n = len(self._sliced)
         self._block_sums = torch.zeros(n * self._shared.start, dtype=dtype, device=like.device)
         self._messages = [slice(n * block.start, n * block.stop) for block in self._blocks]
 
-    def _allocate(self, cohort: int) -> None:
-        sizes = [*self._heads, cohort, *self._sizes]
-        self.bucket = torch.zeros(sum(sizes), dtype=self._dtype, device=self._like.device)
-        self.slots, self.weight, self._block_weights, self._norms, *payloads = self.bucket.split(sizes)
+    def _lay_out(self, cohort: int) -> None:
+        sizes = [*self._heads, *self._sizes, cohort]
+        if sum(sizes) > len(self._memory):
+            self._memory = torch.zeros(sum(sizes), dtype=self._dtype, device=self._like.device)
+        self.bucket = self._memory[: sum(sizes)]
+        self.slots, self.weight, self._block_weights, *payloads, self._norms = self.bucket.split(sizes)
         self._sums = dict(zip(self._wires, payloads, strict=True))
-        self._payload = self.bucket[sum(sizes) - sum(self._sizes) :]
+        self._payload = self.bucket[sum(self._heads) : sum(sizes) - cohort]
         self._noise: Tensor | None = None
 
     def reset(self, cohort: int = 0) -> None:
         """Zero every sum and slot, for a round of `cohort` clients; how many is only read under privacy."""
         if self._mechanism is not None and cohort != len(self._norms):
-            self._allocate(cohort)
+            self._lay_out(cohort)
         self.bucket.zero_()
         self._noise = None
         self._block_sums.zero_()

@@ -57,7 +57,7 @@ class Batches:
         """The mini-batches of `clients` in round `r`, step by step; those with fewer steps become inactive."""
         steps = self.steps(clients)
         shape = (len(clients), int(steps.max()), self.work.batch_size)
-        indices, weights = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32)
+        indices, weights = self._padding(clients, shape), np.zeros(shape, dtype=np.float32)
         crops = np.zeros((*shape, 3), dtype=np.int64) if self.objective.augment else None
         for c, client in enumerate(clients):
             own, k = self.partition[client], int(steps[c])
@@ -77,11 +77,16 @@ class Batches:
         sizes = self.partition.sizes[list(clients)]
         steps = -(-sizes // self.work.batch_size)
         shape = (len(clients), int(steps.max()), self.work.batch_size)
-        indices, weights = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32)
+        indices, weights = self._padding(clients, shape), np.zeros(shape, dtype=np.float32)
         for c, (client, size) in enumerate(zip(clients, sizes.tolist(), strict=True)):
             indices[c].reshape(-1)[:size] = self.partition[client]
             weights[c].reshape(-1)[:size] = 1
         return self._load(steps, indices, weights, None)
+
+    def _padding(self, clients: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
+        """Every client's first sample: of weight 0, but 0 times infinity would let another's spoil its update."""
+        first = self.partition.indices[self.partition.offsets[np.asarray(clients, dtype=np.int64)]]
+        return np.broadcast_to(first[:, None, None], shape).astype(np.int64)
 
     def _load(
         self, steps: np.ndarray, indices: np.ndarray, weights: np.ndarray, crops: np.ndarray | None

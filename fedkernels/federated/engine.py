@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..contract import Algorithm, Batch, Round, Vectors
 from ..data.partition import Partition
+from ..formats import format_epsilon
 from ..layout import Role
 from ..privacy.accountant import Accountant
 from ..privacy.mechanism import GaussianMechanism, check
@@ -46,6 +47,7 @@ class Engine:
         partition: training samples of each client.
         roles: what each parameter is, from the model.
         directory: for mapped client state, if it ever outgrows memory.
+        run: under privacy, which run it is: those that differ share no noise, whatever their `noise_seed`.
 
     Raises:
         ValueError: a cohort larger than the population or smaller than the number of ranks, a client without data, or
@@ -74,6 +76,7 @@ class Engine:
         *,
         roles: Mapping[str, Role] | None = None,
         directory: Path = Path("client_state"),
+        run: int = 0,
     ) -> None:
         self.algorithm = algorithm
         self.objective = objective
@@ -84,9 +87,10 @@ class Engine:
         self.layout = algorithm.layout(objective.module, roles)
         self.wires = with_codec(algorithm.up(self.layout), settings.codec)
         self._encoder = Encoder(self.wires, self.layout, settings.seed)
+        self.round = 0
         self.mechanism: GaussianMechanism | None = None
         self.accountant: Accountant | None = None
-        self._check_privacy()
+        self._check_privacy(run)
         self.batches = Batches(partition, objective, settings.work, settings.seed)
         self.sizes = partition.sizes
         self.nominal_steps = int(self.batches.work.steps(self.sizes).max())
@@ -94,7 +98,6 @@ class Engine:
             self.nominal_steps = settings.work.local_steps  # public, whatever the largest client has
         x = self.layout.flatten(dict(objective.module.named_parameters()))
         self.server = Vectors(algorithm.init(x, self.layout), what="the server")
-        self.round = 0
         self.stop_requested = False  # by this rank, at any moment
         self.stop_agreed = False  # by all ranks, with the last round
         self.dropped: list[str] = []
@@ -131,7 +134,7 @@ class Engine:
         if (empty := np.flatnonzero(sizes == 0)).size:
             raise ValueError(f"client {empty[0]} has no sample ({empty.size} of {self.population} clients are empty)")
 
-    def _check_privacy(self) -> None:
+    def _check_privacy(self, run: int) -> None:
         settings, privacy = self.settings, self.settings.privacy
         check(
             privacy,
@@ -140,15 +143,17 @@ class Engine:
             sampling=settings.sampling,
             weighting=settings.weighting,
             local_steps=settings.work.local_steps,
+            on_nonfinite=settings.on_nonfinite,
         )
         if privacy is None:
             return
-        self.mechanism = GaussianMechanism(privacy, divisor=settings.cohort)
+        self.mechanism = GaussianMechanism(privacy, divisor=settings.cohort, run=run)
         self.accountant = Accountant(privacy.noise_multiplier, settings.cohort / self.population, privacy.delta)
         if self.last_round() == 0:
             raise ValueError(
                 f"privacy.target_epsilon: {privacy.target_epsilon:g} is out of reach: the first round alone has "
-                f"ε = {self.accountant.epsilon(1, privacy.accountant):.4g}; raise noise_multiplier or lower cohort"
+                f"ε = {format_epsilon(self.accountant.epsilon(1, privacy.accountant))}; "
+                "raise noise_multiplier or lower cohort"
             )
 
     def last_round(self) -> int:
@@ -156,10 +161,14 @@ class Engine:
         privacy = self.settings.privacy
         if self.accountant is None or privacy is None or privacy.target_epsilon is None:
             return self.settings.rounds
-        return self.accountant.affordable(privacy.target_epsilon, self.settings.rounds, privacy.accountant)
+        # The ledger is ahead of the round where rounds are run again with other noise.
+        ahead = self.accountant.rounds - self.round
+        releases = self.accountant.affordable(privacy.target_epsilon, self.settings.rounds + ahead, privacy.accountant)
+        return max(self.round, releases - ahead)
 
     def settle(self, choice: Choice | None = None) -> Choice:
-        """Decide how gradients are computed, by measuring where the settings say `auto`; the same on every rank.
+        """Decide how gradients are computed, by measuring where the settings say `auto`; the same on every rank, as is
+        the mechanism's seed from here on.
 
         Args:
             choice: an earlier decision to take over, such as a resumed run's.
@@ -185,7 +194,10 @@ class Engine:
                     mine = choose(evaluator, per_batch, most, self.server.x, sample, make)
                 except ValueError as error:
                     mine = error
-            decided = self.collectives.gather(mine)[0]
+            secret = None if self.mechanism is None else self.mechanism.seed
+            decided, secret = self.collectives.gather((mine, secret))[0]
+            if self.mechanism is not None and secret is not None:
+                self.mechanism.seed = secret
             if isinstance(decided, ValueError):
                 raise decided
             choice = decided
@@ -285,7 +297,9 @@ class Engine:
     def draw_cohort(self) -> tuple[list[int], list[int | None]]:
         """Client ids of the round that is next, and the block each was assigned; None where wires are whole."""
         settings = self.settings
-        ids = sample_cohort(settings.sampling, settings.seed, self.round, self.population, settings.cohort).tolist()
+        # The initial model tells the run's seed, and ε counts on a cohort that nobody knows.
+        seed = settings.seed if self.mechanism is None else self.mechanism.seed
+        ids = sample_cohort(settings.sampling, seed, self.round, self.population, settings.cohort).tolist()
         if not self._sliced:
             return ids, [None] * len(ids)
         return ids, assign_blocks(settings.seed, self.round, len(ids), self.layout.n_blocks).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import secrets
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..rng import Purpose, stream
 from ..wire import Wire
+from .accountant import METHODS, MOST_NOISE, Method
 
 
 def _public(value: Any) -> Any:
@@ -32,33 +34,39 @@ class Privacy:
     """How client updates are released.
 
     Args:
-        noise_multiplier: σ; the noise on the sum over clients has standard deviation σC.
+        noise_multiplier: σ, below a million; the noise on the sum over clients has standard deviation σC.
         clip: C, the l2 norm that all a client sends in a round is clipped to; a fixed public number.
         delta: δ of the (ε, δ) guarantee; below 1/clients.
         target_epsilon: the run ends before ε would exceed it; null for no limit.
         accountant: whose ε counts towards the target.
         noise: `seeded` is reproducible, `secure` comes from the operating system's generator and is not.
-        noise_seed: of seeded noise, apart from the run's seed; null draws one and keeps it in the checkpoints.
+        noise_seed: of seeded noise and of the cohorts, a secret apart from the run's seed, for one published run; null
+            draws one and keeps what follows from it in the checkpoints.
 
     Raises:
-        ValueError: a number outside its range, or a seed for secure noise.
+        ValueError: a number outside its range, an unknown name, or a seed for secure noise.
     """
 
-    noise_multiplier: Annotated[float, Field(gt=0, lt=math.inf)]
+    noise_multiplier: Annotated[float, Field(gt=0, lt=MOST_NOISE)]
     clip: Annotated[float, Field(gt=0, lt=math.inf), BeforeValidator(_public)]
     delta: Annotated[float, Field(gt=0, lt=1)]
     target_epsilon: Annotated[float, Field(gt=0, lt=math.inf)] | None = None
-    accountant: Literal["pld", "rdp"] = "pld"
+    accountant: Method = "pld"
     noise: Literal["seeded", "secure"] = "seeded"
     noise_seed: Annotated[int, Field(ge=0)] | None = None
 
     def __post_init__(self) -> None:
         # Not only configurations make one, and nothing later would show that no noise was added.
-        limits = {"noise_multiplier": math.inf, "clip": math.inf, "delta": 1.0}
+        limits: dict[str, float] = {"noise_multiplier": MOST_NOISE, "clip": math.inf, "delta": 1.0}
+        if self.target_epsilon is not None:
+            limits["target_epsilon"] = math.inf
         for name, limit in limits.items():
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < limit:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < limit:
                 raise ValueError(f"privacy.{name}: {value!r}, expected a number > 0 and < {limit:g}")
+        for name, known in (("accountant", METHODS), ("noise", ("seeded", "secure"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"privacy.{name}: {getattr(self, name)!r}, expected {' or '.join(known)}")
         if self.noise == "secure" and self.noise_seed is not None:
             raise ValueError(f"privacy.noise_seed: {self.noise_seed} has no effect on secure noise; leave it null")
 
@@ -71,12 +79,13 @@ def check(
     sampling: str,
     weighting: str,
     local_steps: int | None,
+    on_nonfinite: str,
 ) -> None:
     """Refuse a run whose releases the accountant would not describe.
 
     Raises:
         ValueError: private wires without settings, wires that would go out un-noised, a cohort not drawn by independent
-            coins, weights or a number of steps that depend on clients' data.
+            coins, weights, a number of steps or an end that depend on clients' data.
     """
     if privacy is None:
         if private := [name for name, wire in wires.items() if wire.private]:
@@ -101,6 +110,10 @@ def check(
         )
     if local_steps is None:
         raise ValueError("local_steps: missing; under privacy K is a public number, not that of the largest client")
+    if on_nonfinite != "drop_client":
+        raise ValueError(
+            f"on_nonfinite: {on_nonfinite!r}; privacy needs drop_client, since a stop would tell that a client sent NaN"
+        )
 
 
 class GaussianMechanism:
@@ -113,18 +126,20 @@ class GaussianMechanism:
     Args:
         privacy: σ, C and the kind of noise.
         divisor: qN, the expected cohort.
+        run: which run it is: those that differ share no noise and no cohorts, whatever their `noise_seed`.
 
     Attributes:
-        noise_seed: of seeded noise; None where it is secure.
+        seed: of cohorts and of seeded noise: a secret that all ranks and all continuations of a run share.
+        secure: whether the noise comes from the operating system instead.
     """
 
-    def __init__(self, privacy: Privacy, divisor: float) -> None:
+    def __init__(self, privacy: Privacy, divisor: float, run: int = 0) -> None:
         self.clip = privacy.clip
         self.scale = privacy.noise_multiplier * privacy.clip
         self.divisor = divisor
-        self.noise_seed: int | None = None
-        if privacy.noise == "seeded":
-            self.noise_seed = secrets.randbits(128) if privacy.noise_seed is None else privacy.noise_seed
+        self.secure = privacy.noise == "secure"
+        noise_seed = secrets.randbits(128) if privacy.noise_seed is None else privacy.noise_seed
+        self.seed = int.from_bytes(hashlib.sha256(f"{noise_seed} {run}".encode()).digest()[:16])
 
     def clip_factor(self, norm: Tensor) -> Tensor:
         """`min(1, C/‖r‖)` of float64 norms."""
@@ -132,7 +147,7 @@ class GaussianMechanism:
 
     def noise(self, r: int, size: int) -> Tensor:
         """σC z of round `r`, `[size]` float64 on the host; another one at every call where noise is secure."""
-        z = secure_normal(size) if self.noise_seed is None else seeded_normal(self.noise_seed, r, size)
+        z = secure_normal(size) if self.secure else seeded_normal(self.seed, r, size)
         return torch.from_numpy(z).mul_(self.scale)
 
 

@@ -204,9 +204,9 @@ def trained_order(engine: Any) -> list[int]:
     order: list[int] = []
     train = engine._train
 
-    def watched(ids: list[int], *rest: Any) -> Any:
-        order.extend(ids)
-        return train(ids, *rest)
+    def watched(positions: list[int], cohort: list[int], *rest: Any) -> Any:
+        order.extend(cohort[p] for p in positions)
+        return train(positions, cohort, *rest)
 
     engine._train = watched
     return order

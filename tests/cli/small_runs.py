@@ -37,8 +37,8 @@ CONFIG = {
 }
 # Overrides for an algorithm with private wires.
 PRIVATE = [
-    "--sampling=poisson", "--privacy.noise_multiplier=1", "--privacy.clip=0.5", "--privacy.delta=0.01",
-    "--privacy.noise_seed=5",
+    "--sampling=poisson", "--on_nonfinite=drop_client", "--privacy.noise_multiplier=1", "--privacy.clip=0.5",
+    "--privacy.delta=0.01", "--privacy.noise_seed=5",
 ]  # fmt: skip
 # What a row says about the machine rather than about the training.
 TIMED = {"time_s", "round_s", "clients_per_s", "rank_idle"}

@@ -111,7 +111,7 @@ def test_a_run_that_died_continues_to_the_last_bit(runs: Runs, algorithm: str, s
     assert runs.train("whole", *keys) == 0
     with dying_in_round(4):
         assert runs.train("died", *keys) == 130
-    assert runs.checkpoints("died") == ["round-000002"]
+    assert runs.checkpoints("died")[-1] == "round-000002"
     assert [row["round"] for row in runs.rows("died")] == [1, 2, 3]
     assert runs.train("died", *keys, "--resume") == 0
     runs.assert_same("whole", "died")

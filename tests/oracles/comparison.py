@@ -123,13 +123,13 @@ def both(
     objective = Objective(module, data, torch.device("cpu"))
     engine = Engine(algorithm, objective, uneven_partition(), chosen, roles=roles)
 
+    secret = chosen.seed if engine.mechanism is None else engine.mechanism.seed
+
     def normal(r: int) -> Named:
-        assert chosen.privacy is not None
-        assert chosen.privacy.noise_seed is not None
-        z = seeded_normal(chosen.privacy.noise_seed, r, engine.layout.d)
+        z = seeded_normal(secret, r, engine.layout.d)
         return {n: t.clone() for n, t in engine.layout.views(torch.from_numpy(z)).items()}
 
-    return engine, Federation(module, engine.batches, chosen, **facts, normal=normal)
+    return engine, Federation(module, engine.batches, chosen, **facts, normal=normal, cohort_seed=secret)
 
 
 def agree(engine: Engine, vector: Tensor, expected: Named | Tensor, what: str) -> None:

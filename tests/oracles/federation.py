@@ -30,6 +30,7 @@ class Federation:
         heads: query and key weights to their number of heads; a fused `(in, 3·dim)` weight holds both, then values.
         tokens: parameters `(1, tokens, dim)`.
         normal: standard normal tensors of a round, the same ones that the engine adds.
+        cohort_seed: that the engine draws cohorts from.
     """
 
     module: nn.Module
@@ -40,6 +41,7 @@ class Federation:
     heads: Mapping[str, int] = field(default_factory=dict)
     tokens: tuple[str, ...] = ()
     normal: Callable[[int], Named] | None = None
+    cohort_seed: int = 0
 
     def __post_init__(self) -> None:
         # The engine binds the module's parameters to its own memory.
@@ -66,7 +68,7 @@ class Federation:
 
     def cohort(self, r: int) -> list[int]:
         s = self.settings
-        return sample_cohort(s.sampling, s.seed, r, self.population, s.cohort).tolist()
+        return sample_cohort(s.sampling, self.cohort_seed, r, self.population, s.cohort).tolist()
 
     def lr(self, r: int) -> float:
         s = self.settings

@@ -274,9 +274,9 @@ def average(f: Federation, rounds: int, **options: Any) -> dict[str, Any]:
 SOAP, ORACLE_SOAP = Soap(eps=0.05), partial(soap, eps=0.05)
 SOAP_OPTIONS = Soap(beta1=0.8, beta2=0.9, shampoo_beta=0.7, eps=0.1, weight_decay=0.3, refresh_every=1)
 ORACLE_SOAP_OPTIONS = partial(soap, betas=(0.8, 0.9), shampoo_beta=0.7, eps=0.1, decay=0.3, every=1)
-SOPHIA, ORACLE_SOPHIA = Sophia(rho=10.0), partial(sophia, rho=10.0)
-SOPHIA_OPTIONS = Sophia(beta1=0.8, beta2=0.9, rho=10.0, weight_decay=0.3, hessian_every=2)
-ORACLE_SOPHIA_OPTIONS = partial(sophia, betas=(0.8, 0.9), rho=10.0, decay=0.3, every=2)
+SOPHIA, ORACLE_SOPHIA = Sophia(rho=1000.0), partial(sophia, rho=1000.0)
+SOPHIA_OPTIONS = Sophia(beta1=0.8, beta2=0.9, rho=100.0, weight_decay=0.3, hessian_every=2)
+ORACLE_SOPHIA_OPTIONS = partial(sophia, betas=(0.8, 0.9), rho=100.0, decay=0.3, every=2)
 SHAMPOO_OPTIONS = Shampoo(beta=0.7, eps=0.01, root=2, weight_decay=0.3, lr_multiplier=0.5, refresh_every=2)
 ORACLE_SHAMPOO_OPTIONS = partial(shampoo, beta=0.7, eps=0.01, root=2, decay=0.3, multiplier=0.5, every=2)
 SMALL = {"lr": 0.01}
@@ -306,7 +306,7 @@ CASES: dict[str, Case] = {
     "fedpac-sophia-options": Case(
         FedPac(local=SOPHIA_OPTIONS, beta=0.3),
         partial(fedpac, local=ORACLE_SOPHIA_OPTIONS, name="h", beta=0.3),
-        {"weighting": "samples", "clip_norm": 1.0, "lr": 0.02},
+        {"weighting": "samples", "clip_norm": 1.0, "lr": 0.05},
     ),
     "fedpac-shampoo": Case(FedPac(local=Shampoo()), partial(fedpac, local=shampoo, name="H", counted=True), **H),
     "fedpac-shampoo-options": Case(

@@ -116,7 +116,7 @@ def dp_fedpgn(
 def private(clip: float, sigma: float = 0.5, **settings: Any) -> dict[str, Any]:
     """A clip that some updates exceed and some do not, under Poisson sampling."""
     privacy = Privacy(noise_multiplier=sigma, clip=clip, delta=0.01, noise_seed=11)
-    return {"sampling": "poisson", "privacy": privacy, **settings}
+    return {"sampling": "poisson", "on_nonfinite": "drop_client", "privacy": privacy, **settings}
 
 
 CASES: dict[str, Case] = {

@@ -8,9 +8,12 @@ from typing import Any
 import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.rdp import RdpAccountant
+from scipy.optimize import brentq
+from scipy.stats import norm
 
-from fedkernels.privacy.accountant import METHODS, Accountant, Method, noise_for
+from fedkernels.privacy.accountant import METHODS, MOST_NOISE, Accountant, Method, OutOfReachError, noise_for
 
 
 @pytest.mark.parametrize(("sigma", "pld", "rdp"), [(0.8, 13.49, 15.93), (0.95, 9.39, 10.86)])
@@ -27,24 +30,48 @@ def test_reference_values(sigma: float, pld: float, rdp: float) -> None:
 def test_events_composed_by_the_library(sigma: float, rate: float, rounds: int, delta: float) -> None:
     event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma))
     mine = Accountant(sigma, rate, delta)
-    pld = PLDAccountant().compose(event, rounds).get_epsilon(delta)
-    assert pld - 1e-9 <= mine.epsilon(rounds) <= pld * 1.001
+    theirs = PLDAccountant().compose(event, rounds).get_epsilon(delta)
+    assert theirs - 1e-9 <= mine.epsilon(rounds) <= theirs * 1.001
     assert mine.epsilon(rounds, "rdp") == pytest.approx(
         RdpAccountant().compose(event, rounds).get_epsilon(delta), rel=1e-9
     )
     assert mine.epsilon(rounds) < mine.epsilon(rounds, "rdp")
 
 
-def test_one_gaussian_release_by_its_closed_form() -> None:
-    """At q = 1 and T = 1, `δ = Φ(1/2σ − εσ) − e^ε Φ(−1/2σ − εσ)` (Balle and Wang, 2018)."""
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """ε where `δ = Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ)` (Balle and Wang, 2018)."""
 
-    def phi(t: float) -> float:
-        return math.erfc(-t / math.sqrt(2)) / 2
+    def excess(epsilon: float) -> float:
+        a, b = norm.logcdf(mu / 2 - epsilon / mu), epsilon + norm.logcdf(-mu / 2 - epsilon / mu)
+        return float(a + math.log(-math.expm1(b - a)) - math.log(delta))
 
-    for sigma, delta in ((1.0, 0.05), (2.0, 1e-4), (0.6, 0.01)):
-        epsilon = Accountant(sigma, 1.0, delta).epsilon(1)
-        a, b = 1 / (2 * sigma), epsilon * sigma
-        assert phi(a - b) - math.exp(epsilon) * phi(-a - b) == pytest.approx(delta, rel=1e-4)
+    return float(brentq(excess, 1e-12, mu**2 / 2 + 40 * mu, xtol=1e-13))
+
+
+@pytest.mark.parametrize(
+    ("sigma", "rounds", "delta", "most"),
+    [
+        (1.0, 1, 0.05, 1e-4), (2.0, 1, 1e-4, 1e-4), (0.6, 1, 0.01, 1e-4), (50.0, 10**4, 1e-6, 1e-4),
+        # Here rounding in a float64 convolution is no longer small against δ.
+        (300.0, 10**4, 3e-11, 1e-2), (50.0, 10**5, 1e-8, 1e-2), (300.0, 10**5, 1e-9, 1e-2), (50.0, 10**5, 1e-10, 0.5),
+    ],
+)  # fmt: skip
+def test_gaussian_releases_by_their_closed_form(sigma: float, rounds: int, delta: float, most: float) -> None:
+    """At q = 1, T releases with σ are one with σ/√T: a bound lies above it, and close."""
+    exact = gaussian_epsilon(math.sqrt(rounds) / sigma, delta)
+    assert exact <= Accountant(sigma, 1.0, delta).epsilon(rounds) <= exact + most
+
+
+def test_a_delta_below_rounding_has_no_bound() -> None:
+    assert Accountant(1.0, 0.1, 1e-14).epsilon(100) == math.inf
+    assert Accountant(1.0, 0.1, 1e-14).epsilon(10) < math.inf
+
+
+@pytest.mark.parametrize(("rate", "rounds", "delta"), [(1e-4, 1000, 1e-6), (1e-3, 10_000, 1e-7)])
+def test_few_clients_of_many_on_a_fine_grid(rate: float, rounds: int, delta: float) -> None:
+    fine = pld.from_gaussian_mechanism(1.0, sampling_prob=rate, value_discretization_interval=2e-5)
+    exact = fine.self_compose(rounds).get_epsilon_for_delta(delta)
+    assert exact <= Accountant(1.0, rate, delta).epsilon(rounds) <= exact * 1.025
 
 
 def test_more_rounds_less_noise_and_more_clients_cost_more() -> None:
@@ -79,6 +106,9 @@ def test_sigma_from_epsilon_is_the_inverse(method: Method) -> None:
 
 def test_the_library_does_not_speak_to_the_user(capfd: pytest.CaptureFixture[str], caplog: Any) -> None:
     Accountant(0.8, 0.1, 1 / 500).epsilon(301, "rdp")
+    Accountant(1e5, 1e-3, 1e-9).epsilon(10, "rdp")
+    noise_for(1e-3, 0.1, 10, 0.01)
+    Accountant(0.02, 0.1, 1 / 500).epsilon(301, "rdp")
     assert capfd.readouterr() == ("", "")
     assert [record for record in caplog.records if record.name == "absl"] == []
     # Without the filter it does: the test hears what it should.
@@ -89,8 +119,10 @@ def test_the_library_does_not_speak_to_the_user(capfd: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.0, 0.1, 0.01), "sigma: 0.0, expected a number > 0"),
-        ((math.nan, 0.1, 0.01), "sigma: nan, expected a number > 0"),
+        ((0.0, 0.1, 0.01), "sigma: 0.0, expected a number > 0 and <= 1000000"),
+        ((math.nan, 0.1, 0.01), "sigma: nan, expected a number > 0 and <= 1000000"),
+        ((1.1e6, 0.1, 0.01), "sigma: 1100000.0, expected a number > 0 and <= 1000000"),
+        ((1e300, 0.1, 0.01), r"sigma: 1e\+300, expected a number > 0 and <= 1000000"),
         ((1.0, 0.0, 0.01), "sampling_rate: 0.0, expected a number > 0 and <= 1"),
         ((1.0, 1.5, 0.01), "sampling_rate: 1.5, expected a number > 0 and <= 1"),
         ((1.0, 0.1, 0.0), "delta: 0.0, expected a number > 0 and < 1"),
@@ -105,5 +137,18 @@ def test_what_has_no_meaning_is_refused(arguments: tuple[float, float, float], m
 def test_a_target_out_of_reach_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^target_epsilon: 0\.0, expected a number > 0$"):
         noise_for(0.0, 0.1, 10, 0.01)
-    with pytest.raises(ValueError, match=r"^target_epsilon: 0\.1 is out of reach of any noise at delta 1e-20$"):
+    message = r"^target_epsilon: 0\.1 is out of reach of noise up to 1000000 at delta 1e-20$"
+    with pytest.raises(OutOfReachError, match=message):
         noise_for(0.1, 0.1, 10, 1e-20)
+
+
+def test_all_noise_is_tried_before_a_target_is_out_of_reach() -> None:
+    rounds, delta = 10**9, 1e-3
+    # Just within reach: more noise than the last power of two times the first one tried.
+    target = Accountant(0.95 * MOST_NOISE, 1.0, delta).epsilon(rounds, "rdp")
+    assert noise_for(target, 1.0, rounds, delta, "rdp") == pytest.approx(0.95 * MOST_NOISE)
+
+
+def test_rounding_costs_more_rather_than_nothing() -> None:
+    """Divergences of tiny releases come out negative in float64, where the library speaks of an ε of zero."""
+    assert Accountant(1e6, 1e-3, 1e-12).epsilon(10, "rdp") > gaussian_epsilon(math.sqrt(10) * 1e-9, 1e-12) > 0

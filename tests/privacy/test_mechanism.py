@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rank_checks import Silent, noise_on_ranks
+from rank_checks import Silent, noise_on_ranks, secrets_on_ranks
 from scipy import stats
 from support import CLIENTS, on_ranks, tiny_engine
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ WIRES = {"delta": Wire(private=True), "extra": Wire(3, private=True)}
 
 
 def private_engine(algorithm: Algorithm, privacy: Privacy | None = SEEDED, **options: Any) -> Any:
-    return tiny_engine(algorithm, **({"sampling": "poisson", "privacy": privacy} | options))
+    settings = {"sampling": "poisson", "on_nonfinite": "drop_client", "privacy": privacy}
+    return tiny_engine(algorithm, **(settings | options))
 
 
 # Noise
@@ -76,9 +78,50 @@ def test_noise_does_not_follow_from_the_seed_of_the_run() -> None:
     assert len(set(noises.values())) == 4
 
 
+def test_runs_of_one_noise_seed_share_neither_noise_nor_cohorts() -> None:
+    one, again, other = (GaussianMechanism(SEEDED, 1, run) for run in (3, 3, 4))
+    assert torch.equal(one.noise(0, 1000), again.noise(0, 1000))
+    z = np.stack([mechanism.noise(0, 100_000).numpy() for mechanism in (one, other)])
+    assert abs(np.corrcoef(z)[0, 1]) * math.sqrt(100_000) < 5.5
+    cohorts = [
+        [sample_cohort("poisson", mechanism.seed, r, 1000, 100).tolist() for r in range(3)]
+        for mechanism in (one, again, other)
+    ]
+    assert cohorts[0] == cohorts[1]
+    assert all(a != b for a, b in zip(cohorts[0], cohorts[2], strict=True))
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        SEEDED,
+        dataclasses.replace(SEEDED, noise_seed=None),
+        dataclasses.replace(SEEDED, noise="secure", noise_seed=None),
+    ],
+)
+def test_cohorts_do_not_follow_from_the_seed_of_the_run(privacy: Privacy) -> None:
+    """Whoever knows the initial model knows that."""
+    engine = private_engine(DpFedAvg(), privacy)
+    assert engine.mechanism.seed.bit_length() > 90
+    drawn = []
+    for r in range(4):
+        engine.round = r
+        drawn.append(engine.draw_cohort()[0])
+    assert drawn == [sample_cohort("poisson", engine.mechanism.seed, r, CLIENTS, 6).tolist() for r in range(4)]
+    assert drawn != [sample_cohort("poisson", 0, r, CLIENTS, 6).tolist() for r in range(4)]
+
+
+@pytest.mark.parametrize("noise", ["seeded", "secure"])
+def test_ranks_agree_on_a_secret_that_each_draws(noise: str) -> None:
+    first, second = on_ranks(2, secrets_on_ranks, noise)
+    assert first["drawn"] != second["drawn"]
+    assert first["settled"] == second["settled"] == first["drawn"]
+    np.testing.assert_array_equal(first["x"], second["x"])
+
+
 def test_secure_noise_is_another_at_every_call() -> None:
     mechanism = GaussianMechanism(Privacy(noise_multiplier=2, clip=3, delta=0.1, noise="secure"), 1)
-    assert mechanism.noise_seed is None
+    assert mechanism.secure
     one, other = mechanism.noise(0, 20_000), mechanism.noise(0, 20_000)
     assert not torch.equal(one, other)
     assert float(one.std()) == pytest.approx(6, rel=0.05)
@@ -87,10 +130,11 @@ def test_secure_noise_is_another_at_every_call() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_noise_is_added_once_on_any_number_of_ranks(ranks: int) -> None:
     """Clients that send zeros leave noise alone, over the expected cohort."""
+    seed = GaussianMechanism(SEEDED, 1).seed
     found = [noise_on_ranks(Collectives())] if ranks == 1 else on_ranks(ranks, noise_on_ranks)
     for steps in found:
         for r, step in enumerate(steps):
-            np.testing.assert_allclose(step, 0.7 * 0.05 * seeded_normal(7, r, len(step)) / 6, rtol=1e-12, atol=1e-14)
+            np.testing.assert_allclose(step, 0.7 * 0.05 * seeded_normal(seed, r, len(step)) / 6, rtol=1e-12, atol=1e-14)
 
 
 # Clip and divisor
@@ -154,21 +198,20 @@ class Ones(DpFedAvg):
 def test_whoever_comes_or_drops_out_is_divided_by_the_expected_cohort() -> None:
     from cases import poison
 
-    engine = private_engine(
-        Ones(), Privacy(noise_multiplier=1, clip=1, delta=0.01, noise_seed=7), on_nonfinite="drop_client"
-    )
-    poison(engine, {r: {int(i) for i in sample_cohort("poisson", 0, r, CLIENTS, 6)[:1]} for r in (1, 2)})
+    engine = private_engine(Ones(), Privacy(noise_multiplier=1, clip=1, delta=0.01, noise_seed=7))
+    seed = engine.mechanism.seed
+    poison(engine, {r: {int(i) for i in sample_cohort("poisson", seed, r, CLIENTS, 6)[:1]} for r in (1, 2)})
     d = engine.layout.d
     sizes = []
     for r in range(4):
         before = engine.server.x.clone()
         metrics = engine.run_round()
-        left = len(sample_cohort("poisson", 0, r, CLIENTS, 6)) - (r in (1, 2))
+        left = len(sample_cohort("poisson", seed, r, CLIENTS, 6)) - (r in (1, 2))
         assert (metrics["cohort"], metrics["dropped"]) == (left, int(r in (1, 2)))
         assert metrics["clipped_fraction"] == 1
         assert metrics["update_norm_p10"] == metrics["update_norm_p90"] == pytest.approx(math.sqrt(d))
         assert metrics["noise_to_signal"] == pytest.approx(math.sqrt(d) / left)
-        noise = torch.from_numpy(seeded_normal(7, r, d))
+        noise = torch.from_numpy(seeded_normal(seed, r, d))
         expected = (left / math.sqrt(d) + noise) / 6
         torch.testing.assert_close(engine.server.x - before, expected, rtol=1e-11, atol=1e-13)
         sizes.append(left)
@@ -193,6 +236,19 @@ def test_nobody_is_told_how_many_came() -> None:
     assert {(r.cohort, r.steps) for r in seen} == {(6, 40)}
 
 
+def test_the_bucket_is_kept_while_cohorts_fit_and_sent_without_what_they_leave() -> None:
+    aggregator = Aggregator(WIRES, LAYOUT, torch.zeros(LAYOUT.d), torch.float64, 5, GaussianMechanism(SEEDED, 1))
+    places, sizes = [], []
+    for cohort in (7, 3, 0, 7, 5, 8):
+        aggregator.reset(cohort)
+        places.append(aggregator.bucket.data_ptr())
+        sizes.append(len(aggregator.bucket))
+        assert not aggregator.bucket.any()
+        aggregator.bucket.fill_(math.nan)
+    assert len(set(places[:-1])) == 1
+    assert sizes == [5 + 1 + LAYOUT.d + 3 + cohort for cohort in (7, 3, 0, 7, 5, 8)]
+
+
 def test_what_is_told_of_a_round() -> None:
     engine = private_engine(DpFedAvg(), lr=0.5)
     row = engine.run_round()
@@ -201,7 +257,7 @@ def test_what_is_told_of_a_round() -> None:
     assert 0 <= row["clipped_fraction"] <= 1
     assert 0 < row["update_norm_p10"] < row["update_norm_p50"] < row["update_norm_p90"]
     empty = private_engine(DpFedAvg(), cohort=1)
-    row = empty.run_round()
+    row = {"cohort": None}
     while row["cohort"] != 0:
         x = empty.server.x.clone()
         row = empty.run_round()
@@ -237,6 +293,7 @@ class Mixed(DpFedAvg):
             {"work": LocalWork(8, local_epochs=1)},
             "local_steps: missing; under privacy K is a public number",
         ),
+        (DpFedAvg(), {"on_nonfinite": "error"}, "on_nonfinite: 'error'; privacy needs drop_client, since a stop would"),
     ],
 )
 def test_what_is_refused(algorithm: Algorithm, options: dict[str, Any], message: str) -> None:
@@ -253,11 +310,17 @@ def test_a_private_wire_is_sent_whole_and_averaged(wire: Wire) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"noise_multiplier": 0}, "privacy.noise_multiplier: 0, expected a number > 0 and < inf"),
+        ({"noise_multiplier": 0}, r"privacy.noise_multiplier: 0, expected a number > 0 and < 1e\+06"),
+        ({"noise_multiplier": 1e300}, r"privacy.noise_multiplier: 1e\+300, expected a number > 0 and < 1e\+06"),
         ({"noise_multiplier": math.nan}, "privacy.noise_multiplier: nan, expected"),
         ({"clip": -1.0}, "privacy.clip: -1.0, expected"),
         ({"clip": math.inf}, "privacy.clip: inf, expected"),
         ({"clip": "median"}, "privacy.clip: 'median', expected"),
+        ({"clip": True}, "privacy.clip: True, expected"),
+        ({"target_epsilon": 0.0}, "privacy.target_epsilon: 0.0, expected a number > 0 and < inf"),
+        ({"target_epsilon": math.nan}, "privacy.target_epsilon: nan, expected a number > 0 and < inf"),
+        ({"accountant": "moments"}, "privacy.accountant: 'moments', expected pld or rdp"),
+        ({"noise": "none"}, "privacy.noise: 'none', expected seeded or secure"),
         ({"delta": 1.0}, "privacy.delta: 1.0, expected a number > 0 and < 1"),
         ({"noise": "secure", "noise_seed": 3}, "privacy.noise_seed: 3 has no effect on secure noise"),
     ],

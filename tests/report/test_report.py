@@ -219,6 +219,20 @@ def test_names_are_escaped(write_run: WriteRun, rows: Rows) -> None:
     assert f"{nasty} · a <i> & 'b'" in page.content("th")
 
 
+def test_the_seed_of_the_noise_is_not_shown(write_run: WriteRun, rows: Rows) -> None:
+    """Reports are passed on, and whoever has it subtracts the noise."""
+    privacy = {"noise_multiplier": 0.8, "clip": 0.25}
+    runs = [
+        write_run(name, rows([0.5]), privacy=privacy | {"noise_seed": seed})
+        for name, seed in (("a", 918273645), ("b", 546372819), ("c", None))
+    ]
+    page = page_of(runs)
+    for seed in ("918273645", "546372819"):
+        assert seed not in page.words
+    assert "(secret)" in page.words
+    assert "0.25" in page.words
+
+
 def test_a_run_stopped_halfway_says_so(write_run: WriteRun, rows: Rows) -> None:
     page = page_of([write_run("a", rows([0.1, None, 0.3]), rounds=8)])
     assert "fedavg: stopped at round 3 of 8" in page.content("p")

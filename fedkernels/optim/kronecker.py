@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..layout import Layout
 
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 # Eigenvalues below this share of the trace are noise: a null space, which has no eigenvectors of its own.
 NULL_SHARE = 1e-6
 
@@ -57,7 +58,7 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.where(finite[..., None], a, 0).double()
     try:
         values, vectors = torch.linalg.eigh(wide)
-    except torch.linalg.LinAlgError:  # of one matrix, but raised for all
+    except LinAlgError:  # of one matrix, but raised for all
         pairs = [_eigh_of_one(matrix) for matrix in wide.flatten(0, -3)]
         values, vectors = (torch.stack(part).view(wide.shape[:-2] + part[0].shape) for part in zip(*pairs, strict=True))
     return torch.where(finite, values, torch.nan), torch.where(finite[..., None], vectors, torch.nan)
@@ -67,7 +68,7 @@ def _eigh_of_one(a: Tensor) -> tuple[Tensor, Tensor]:
     """LAPACK may give up on an ordinary matrix; on a multiple of it, it does not."""
     try:
         return torch.linalg.eigh(a)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         largest = a.abs().max()
         values, vectors = torch.linalg.eigh(a / largest)
         return values * largest, vectors

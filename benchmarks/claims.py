@@ -204,7 +204,8 @@ CLAIMS = (
         "dp_fedpgn",
         "DP-FedPGN, arXiv 2510.27504",
         "At equal client-level privacy DP-FedPGN is at least as accurate as DP-FedAvg.",
-        "Same noise multiplier, clipping bound, sampling rate and rounds, so the same ε, which the table gives.",
+        "Same noise multiplier, sampling rate and rounds, so the same ε, which the table gives; each method has its "
+        "own clipping bound.",
         ("dp_fedavg", "dp_fedsam", "dp_fedadamw", "dp_fedpgn", "dp_fedpgn_penalty"),
         more_accurate("dp_fedpgn", "dp_fedavg", strictly=False),
     ),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..layout import Layout
 
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 # Eigenvalues below this share of the trace are noise: a null space, which has no eigenvectors of its own.
 NULL_SHARE = 1e-6
 
@@ -54,8 +55,23 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     Factors are sums of squares: their spectrum spans more digits than float32 has.
     """
     finite = a.isfinite().all(-1).all(-1)[..., None]
-    values, vectors = torch.linalg.eigh(torch.where(finite[..., None], a, 0).double())
+    wide = torch.where(finite[..., None], a, 0).double()
+    try:
+        values, vectors = torch.linalg.eigh(wide)
+    except LinAlgError:  # of one matrix, but raised for all
+        pairs = [_eigh_of_one(matrix) for matrix in wide.flatten(0, -3)]
+        values, vectors = (torch.stack(part).view(wide.shape[:-2] + part[0].shape) for part in zip(*pairs, strict=True))
     return torch.where(finite, values, torch.nan), torch.where(finite[..., None], vectors, torch.nan)
+
+
+def _eigh_of_one(a: Tensor) -> tuple[Tensor, Tensor]:
+    """LAPACK may give up on an ordinary matrix; on a multiple of it, it does not."""
+    try:
+        return torch.linalg.eigh(a)
+    except LinAlgError:
+        largest = a.abs().max()
+        values, vectors = torch.linalg.eigh(a / largest)
+        return values * largest, vectors
 
 
 def inverse_root(a: Tensor, root: Literal[2, 4], eps: float) -> Tensor:

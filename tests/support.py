@@ -115,7 +115,7 @@ def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> 
     for process in ranks:
         process.start()
     outcomes: dict[int, Any] = {}
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     try:
         while len(outcomes) < world_size:
             try:

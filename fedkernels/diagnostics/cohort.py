@@ -47,7 +47,7 @@ def train_cohort(engine: Engine, lr: float) -> TrainedCohort:
     evaluator = _Watching(engine.evaluator)
     assert engine.choice is not None
     together = engine.choice.clients_per_batch
-    nominal = Round(engine.round, len(ids), engine.population, engine.nominal_steps, lr)
+    nominal = engine.nominal_round(len(ids), lr)
     parts = [slice(first, first + together) for first in range(0, len(ids), together)]
     batches = [_train(engine, ids[part], blocks[part], nominal, evaluator) for part in parts]
     ys, ups = zip(*batches, strict=True)
@@ -63,11 +63,11 @@ def _train(
     engine: Engine, ids: Sequence[int], blocks: Sequence[int | None], nominal: Round, evaluator: Evaluator
 ) -> tuple[Tensor, dict[str, Tensor]]:
     x, algorithm = engine.server.x, engine.algorithm
-    down = Vectors({name: engine.server[name] for name in algorithm.down}, what="the down wires", read_only=True)
-    keep = Vectors(engine.store.get(ids, x.device), what="the client's kept state")
+    stored = engine.store.get(ids, x.device)
+    keep = Vectors({name: stored[name] for name in algorithm.keep}, what="the client's kept state")
     g = x.new_empty(len(ids), engine.layout.d)
     task = _WatchedTask(engine.layout, engine.batches, ids, blocks, nominal, evaluator, g, engine.settings.clip_norm)
-    up = algorithm.client(down, keep, task)
+    up = algorithm.client(engine.down(), keep, task)
     return task.y, up
 
 

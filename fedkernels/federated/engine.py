@@ -227,15 +227,14 @@ class Engine:
         ids, blocks = self.draw_cohort()
         lr = learning_rate(settings.schedule, settings.lr, self.round, settings.rounds)
         private = self.mechanism is not None
-        # How many came is private too: where privacy is asked for, nobody is told but the metrics.
-        nominal = Round(self.round, settings.cohort if private else len(ids), self.population, self.nominal_steps, lr)
+        nominal = self.nominal_round(len(ids), lr)
         costs = self.batches.steps(ids).astype(float).tolist()
         placed = place(ids, costs, self.owners, self._speeds)
         self._move(ids, placed)
 
         aggregator = self._aggregator
         aggregator.reset(len(ids))
-        down = Vectors({name: self.server[name] for name in self.algorithm.down}, what="the down wires", read_only=True)
+        down = self.down()
         bad: list[str] = []
         busy_start = time.perf_counter()
         mine = placed[rank]
@@ -303,6 +302,16 @@ class Engine:
         if not self._sliced:
             return ids, [None] * len(ids)
         return ids, assign_blocks(settings.seed, self.round, len(ids), self.layout.n_blocks).tolist()
+
+    def nominal_round(self, sampled: int, lr: float) -> Round:
+        """The round that is next, as its clients see it."""
+        # How many came is private too: where privacy is asked for, nobody is told but the metrics.
+        cohort = sampled if self.mechanism is None else self.settings.cohort
+        return Round(self.round, cohort, self.population, self.nominal_steps, lr)
+
+    def down(self) -> Vectors:
+        """What of the server state clients receive."""
+        return Vectors({name: self.server[name] for name in self.algorithm.down}, what="the down wires", read_only=True)
 
     def _train(
         self,

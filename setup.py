@@ -30,8 +30,8 @@ def kernels():
 
     extension = CppExtension(
         "fedkernels._C",
-        ["csrc/bindings.cpp", *(f"csrc/cpu/{op}.cpp" for op in ("fused_adamw", "fused_sam", "fused_sgd"))],
-        depends=["csrc/cpu/kernels.h", "csrc/cpu/rows.h"],
+        sorted(str(path.relative_to(here)) for path in here.glob("csrc/*/*.cpp")),
+        depends=sorted(str(path.relative_to(here)) for path in here.glob("csrc/*/*.h")),
         # Without contraction to fused multiply-adds every instruction set gives the same bits.
         extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"],
         extra_link_args=["-fopenmp"],

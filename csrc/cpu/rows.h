@@ -1,5 +1,5 @@
 // What the CPU kernels share. They work on tiles of flat rows through plain pointers and include no torch header, so
-// that they compile in a second; threads, checks and tensors are the business of bindings.cpp.
+// that they compile in a second; threads, checks and tensors are the business of csrc/bindings.
 #pragma once
 
 #include <cstdint>

@@ -33,6 +33,7 @@ FREE_KEYS = {
     "keep_checkpoints",
     "store_memory_bytes",
     "on_nonfinite",
+    "timeout_s",
 }
 
 # Keys that a continuation keeps, although the numbers do not depend on them.

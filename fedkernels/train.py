@@ -91,7 +91,7 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
         OSError: the metrics cannot be written; the state up to that round is in a checkpoint.
     """
     device = pick_device(config.device)
-    collectives = join(device)
+    collectives = join(device, config.timeout_s)
     leader = collectives.rank == 0
     again = collectives.agree(lambda: leader and begun_by_this_job(config.run_dir))
     resume = collectives.gather(resume or again)[0]

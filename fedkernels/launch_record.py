@@ -101,9 +101,9 @@ def _launcher() -> str | None:
 
 
 def _matters(name: str) -> bool:
-    # SLURM numbers the GPUs of each allocation anew.
-    given_by_slurm = "SLURM_JOB_ID" in os.environ and name == "CUDA_VISIBLE_DEVICES"
-    return name.startswith(PREFIXES) and name != LAUNCHER and not given_by_slurm
+    # SLURM and DeepSpeed give out GPUs themselves; DeepSpeed is known by CROSS_RANK.
+    given = name == "CUDA_VISIBLE_DEVICES" and not {"SLURM_JOB_ID", "CROSS_RANK"}.isdisjoint(os.environ)
+    return name.startswith(PREFIXES) and name != LAUNCHER and not given
 
 
 def _code() -> tuple[dict[str, Any], bytes | None]:

@@ -32,19 +32,25 @@ prepare_environment() {  # extras of the package, such as "hf,dev"
     one_thread_per_rank
 }
 
-use_environment() {  # what is there already, for launches: nothing is installed while ranks wait for each other
+use_environment() {  # modules it must have; for launches: nothing is installed while ranks wait for each other
     # shellcheck disable=SC1091
     if [ -x "$VENV/bin/python" ]; then source "$VENV/bin/activate"; fi
     command -v python >/dev/null || fail "no python in $VENV or on the PATH; bash launch/quickstart.sh makes $VENV"
     # The package beside these scripts, whatever the working directory.
     export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-    python -c 'import importlib.util as i, sys; sys.exit(i.find_spec("torch") is None)' \
-        || fail "$(command -v python) has no torch; bash launch/quickstart.sh makes $VENV, or set VENV=..."
+    for module in "$@"; do
+        python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$module') is None)" \
+            || fail "$(command -v python) has no $module; install it there, or set VENV=... to an environment that has it"
+    done
     one_thread_per_rank
 }
 
 one_thread_per_rank() {  # parallelism comes from ranks; more threads than cores would only fight each other
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+}
+
+show_help() {  # what the calling script says of itself at its top
+    sed -n '2,/^source/{/^source/d;s/^# \{0,1\}//p}' "$0"
 }
 
 read_option() {  # "$@" from an option on: sets option (with dashes, without value), value, and used, words taken
@@ -54,6 +60,11 @@ read_option() {  # "$@" from an option on: sets option (with dashes, without val
         [[ $# -ge 2 && $2 != --* ]] || fail "$1: expected a value after it"
         value="$2" used=2
     fi
+}
+
+launched_by() {  # the command, without options of train: how the run folder says to start the run again
+    FEDKERNELS_LAUNCHER="${FEDKERNELS_LAUNCHER:-$(printf '%q ' "$@")}"
+    export FEDKERNELS_LAUNCHER
 }
 
 expect() {  # option, value, pattern, what was expected

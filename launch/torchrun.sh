@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
             launcher+=("$option" "$value")
             ;;
         -h | --help)
-            sed -n '2,/^source/{/^source/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+            show_help
             exit 0
             ;;
         *)
@@ -76,11 +76,8 @@ else
 fi
 if [ -z "$restarts" ]; then restarts=$([ "$nnodes" = 1 ] && echo 0 || echo 3); fi
 
-use_environment
-if [ -z "${FEDKERNELS_LAUNCHER:-}" ]; then
-    FEDKERNELS_LAUNCHER="$(printf '%q ' bash "$ROOT/launch/torchrun.sh" ${launcher[@]+"${launcher[@]}"})"
-    export FEDKERNELS_LAUNCHER
-fi
+use_environment torch
+launched_by bash "$ROOT/launch/torchrun.sh" ${launcher[@]+"${launcher[@]}"}
 exec python -m torch.distributed.run --nnodes "$nnodes" --nproc-per-node "$nproc" --max-restarts "$restarts" \
     ${address:+--local-addr "$address"} "${torchrun[@]}" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     -m fedkernels train "${train[@]}"

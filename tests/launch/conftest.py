@@ -1,29 +1,15 @@
-"""What the launch tests need of the machine, and runs in a temporary folder."""
+"""Runs in a temporary folder, and a SLURM cluster to submit them to."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cli.small_runs import Runs
+from launch.machine import require
 from launch.slurm import PROGRAMS, Cluster
-
-ROOT = Path(__file__).parents[2]
-
-
-def require(*programs: str) -> None:
-    """Fail, rather than skip, where the machine lacks what a test of clusters needs."""
-    missing = [program for program in programs if shutil.which(program) is None]
-    if missing or os.geteuid() != 0:
-        pytest.fail(
-            f"needs root and {', '.join(missing) or 'nothing else'}; on Debian and Ubuntu: apt-get install slurm-wlm "
-            "munge iproute2; without them: bash launch/test.sh --no-cluster, or pytest -m 'not cluster'",
-            pytrace=False,
-        )
 
 
 @pytest.fixture

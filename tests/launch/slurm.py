@@ -7,8 +7,9 @@ import secrets
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
 from pathlib import Path
+
+from launch.machine import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 CONFIG = """\
@@ -53,7 +54,7 @@ class Cluster:
     def __enter__(self) -> Cluster:
         for name in ("state", "spool-n1", "spool-n2"):
             (self.folder / name).mkdir()
-        config = CONFIG.format(folder=self.folder, host=socket.gethostname(), ports=_free_ports(3))
+        config = CONFIG.format(folder=self.folder, host=socket.gethostname(), ports=[free_port() for _ in range(3)])
         (self.folder / "slurm.conf").write_text(config)
         key = self.folder / "munge.key"
         key.touch(0o600)
@@ -119,12 +120,3 @@ class Cluster:
     def logs(self) -> str:
         return "\n".join(f"{path.name}: {path.read_text()[-2000:]}" for path in sorted(self.folder.glob("*.log")))
 
-
-def _free_ports(number: int) -> Sequence[int]:
-    probes = [socket.socket() for _ in range(number)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports

@@ -47,10 +47,10 @@ class Nodes:
             subprocess.run(["ip", "netns", "delete", name], check=False)
 
     def start(self, node: int, script: Path, *arguments: str) -> subprocess.Popen[str]:
-        """Run a shell script on a node, with what gloo needs to find its address."""
+        """Run a shell script on a node; gloo finds its address, and torchrun says what it does."""
         process = subprocess.Popen(
             ["nsenter", f"--net=/run/netns/{self.names[node]}", "bash", str(script), *arguments],
-            env=os.environ | {"VENV": sys.prefix, "GLOO_SOCKET_IFNAME": "eth0"},
+            env=os.environ | {"VENV": sys.prefix, "GLOO_SOCKET_IFNAME": "eth0", "LOGLEVEL": "INFO"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -71,7 +71,7 @@ class Nodes:
         return [
             "--nnodes=1:2", "--rdzv-endpoint", f"{ADDRESSES[0]}:{PORT}", "--rdzv-id", "nodes", "--node-rank", str(node),
             "--local-addr", ADDRESSES[node], "--rdzv-conf",
-            "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3",
+            "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3",
         ]  # fmt: skip
 
 

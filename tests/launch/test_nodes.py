@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from cli.small_runs import Runs
@@ -17,6 +20,7 @@ TORCHRUN = ROOT / "launch" / "torchrun.sh"
 TIMEOUT_S = 5
 # Generous, for machines that do other things: noticing takes the time-out, starting again as long as importing torch.
 NOTICED_S, AGAIN_S = TIMEOUT_S + 30, 60
+KEYS = ["--rounds", "200", "--checkpoint_every", "20", "--timeout_s", str(TIMEOUT_S)]
 
 
 @pytest.fixture
@@ -39,32 +43,36 @@ def lines_until(process_output: Iterator[str], pattern: str, seen: list[str], ti
 
 
 def test_a_node_is_cut_off_and_comes_back(nodes: Nodes, runs: Runs) -> None:
-    keys = ["--rounds", "1500", "--checkpoint_every", "20", "--eval_every", "50", "--timeout_s", str(TIMEOUT_S)]
-    arguments = runs.arguments("cut", *keys)[1:]
+    arguments = runs.arguments("cut", *KEYS)[1:]
     ranks = [nodes.start(node, TORCHRUN, *nodes.rendezvous(node), *arguments) for node in range(2)]
     runs.wait_for_rounds("cut", 40)
     nodes.cut(1)
     seen: list[str] = []
     assert ranks[0].stdout is not None
-    lines_until(ranks[0].stdout, r"Timed out|exitcode", seen, NOTICED_S)
-    lines_until(ranks[0].stdout, r"^resumed after round \d+ of", seen, AGAIN_S)
+    lines_until(ranks[0].stdout, r"failed \(exitcode: 1\)", seen, NOTICED_S)
     lines_until(ranks[0].stdout, r"^1 rank on cpu", seen, AGAIN_S)
+    # The rank that is left must not come to its end before the other is back.
+    alone = int(Path(f"/proc/{ranks[0].pid}/task/{ranks[0].pid}/children").read_text())
+    os.kill(alone, signal.SIGSTOP)
     nodes.join(1)
-    lines_until(ranks[0].stdout, r"^2 ranks on cpu", seen, 2 * AGAIN_S)
-    assert runs.train("whole", *keys) == 0
-    for node, process in enumerate(ranks):
-        assert process.wait(120) == 0, f"node {node}"
+    lines_until(ranks[0].stdout, "Detected 1 new nodes", seen, AGAIN_S)
+    os.kill(alone, signal.SIGCONT)
+    lines_until(ranks[0].stdout, r"^resumed after round \d+ of 200", seen, AGAIN_S)
+    lines_until(ranks[0].stdout, r"^2 ranks on cpu", seen, AGAIN_S)
+    assert runs.train("whole", *KEYS) == 0
+    for process in ranks:
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, said
     runs.assert_same("whole", "cut", ranks=True)
 
 
 def test_a_node_that_is_lost_for_good_leaves_the_run_to_the_other(nodes: Nodes, runs: Runs) -> None:
-    keys = ["--rounds", "150", "--checkpoint_every", "20", "--timeout_s", str(TIMEOUT_S)]
-    arguments = runs.arguments("lost", *keys)[1:]
+    arguments = runs.arguments("lost", *KEYS)[1:]
     ranks = [nodes.start(node, TORCHRUN, *nodes.rendezvous(node), *arguments) for node in range(2)]
     runs.wait_for_rounds("lost", 40)
     nodes.cut(1)
     said, _ = ranks[0].communicate(timeout=NOTICED_S + AGAIN_S)
     assert ranks[0].returncode == 0, said
-    assert re.search(r"\nresumed after round \d+ of 150\n1 rank on cpu", said)
-    assert runs.train("whole", *keys) == 0
+    assert re.search(r"\nresumed after round \d+ of 200\n1 rank on cpu", said)
+    assert runs.train("whole", *KEYS) == 0
     runs.assert_same("whole", "lost", ranks=True)

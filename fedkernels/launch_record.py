@@ -68,7 +68,9 @@ def _script(run_dir: Path, launch: dict[str, Any]) -> str:
     commit = code["commit"] or "no git checkout"
     notes = [f"# Code: fedkernels {code['version']}, {commit}" + (f", with {code['diff']}" if code["diff"] else "")]
     if launch["launcher"] is None:
-        notes.append(f"# Was one of {os.environ['WORLD_SIZE']} ranks; start it once for each, with RANK and MASTER_ADDR set.")
+        notes.append(
+            f"# Was one of {os.environ['WORLD_SIZE']} ranks; start it once for each, with RANK and MASTER_ADDR set."
+        )
     launcher = launch["launcher"] or shlex.join([sys.executable, "-m", "fedkernels", "train"])
     return "\n".join(
         [

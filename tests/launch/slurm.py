@@ -60,7 +60,9 @@ class Cluster:
         key.touch(0o600)
         key.write_bytes(secrets.token_bytes(128))
         files = {"key": key, "socket": "munge.socket", "pid": "munge.pid", "log": "munge.log", "seed": "munge.seed"}
-        options = [f"--{name}{'' if name == 'socket' else '-file'}={self.folder / file}" for name, file in files.items()]
+        options = [
+            f"--{name}{'' if name == 'socket' else '-file'}={self.folder / file}" for name, file in files.items()
+        ]
         try:
             # Forced: folders of tests lie in one that all may write to.
             self._start("munged", "--foreground", "--force", *options)
@@ -119,4 +121,3 @@ class Cluster:
 
     def logs(self) -> str:
         return "\n".join(f"{path.name}: {path.read_text()[-2000:]}" for path in sorted(self.folder.glob("*.log")))
-

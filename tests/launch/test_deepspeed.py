@@ -45,7 +45,10 @@ def test_this_machine_alone_and_a_run_that_fails(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--hostfile", "nowhere", "--lr", "1"], "--hostfile: nowhere is not there, expected a file of lines HOST slots="),
+        (
+            ["--hostfile", "nowhere", "--lr", "1"],
+            "--hostfile: nowhere is not there, expected a file of lines HOST slots=",
+        ),
         (["--nnodes", "2", "--lr", "1"], "--hostfile: missing; --nnodes, --master-addr and --node-rank need one"),
         (["--hostfile", str(ROOT / "launch/hostfile.example"), "--node-rank=0", "--lr=1"], "--master-addr: missing"),
         (["--nproc-per-node", "two", "--lr", "1"], "--nproc-per-node: two, expected a number from 1"),

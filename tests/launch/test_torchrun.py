@@ -36,7 +36,16 @@ def test_two_ranks_and_the_same_again_by_the_script_in_the_run_folder(
 ) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "WARN; it's quoted")
     # Options of both kinds in any order, with either spelling, and paths of the caller's folder.
-    arguments = ["--rounds=3", "--nproc_per_node", "2", "--config", "config.yaml", "--max-restarts=0", "--run_dir", "two"]
+    arguments = [
+        "--rounds=3",
+        "--nproc_per_node",
+        "2",
+        "--config",
+        "config.yaml",
+        "--max-restarts=0",
+        "--run_dir",
+        "two",
+    ]
     said = finish(start(*arguments, cwd=runs.folder))
     assert "2 ranks on cpu" in said
     assert runs.train("whole", "--rounds", "3") == 0
@@ -91,7 +100,10 @@ def test_sigusr1_to_the_launcher_stops_the_ranks_and_they_are_not_started_again(
         (["--nnodes=2"], "--rdzv-endpoint: missing; 2 nodes need HOST:PORT of the first one"),
         (["--nnodes=1:2"], "--rdzv-endpoint: missing; 1:2 nodes need HOST:PORT of the first one"),
         (["--rdzv-endpoint=head"], "--rdzv-endpoint: head, expected HOST:PORT"),
-        (["--rdzv-endpoint=head:70000", "--rdzv-id=a"], "--rdzv-endpoint: head:70000, expected a port of at most 65535"),
+        (
+            ["--rdzv-endpoint=head:70000", "--rdzv-id=a"],
+            "--rdzv-endpoint: head:70000, expected a port of at most 65535",
+        ),
         (["--rdzv-endpoint=head:29500"], "--rdzv-id: missing; give this job a name"),
         (["--node-rank=0"], "--rdzv-endpoint: missing; without it there is one node"),
         (

@@ -1,7 +1,7 @@
 """How a run was started: the job, the code and the launch, and a script that starts it again.
 
-Launch scripts say what they were called with in `FEDKERNELS_LAUNCHER`, as words for a shell; what torchrun was called with
-is read from its process, and a single process is started as itself.
+Launch scripts say what they were called with in `FEDKERNELS_LAUNCHER`, as words for a shell; what torchrun was called
+with is read from its process, and a single process is started as itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SOURCE = Path(__file__).resolve().parent.parent
 
 
 def job() -> str | None:
-    """What all ranks of a launch, and those that its launcher starts again, have in common: torchrun's rendezvous id."""
+    """What ranks of a launch, and those that its launcher starts again, have in common: torchrun's rendezvous id."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return None if name == "none" else name  # torchrun's word for a rendezvous that was given no id
 
@@ -109,7 +109,7 @@ def _matters(name: str) -> bool:
 
 
 def _code() -> tuple[dict[str, Any], bytes | None]:
-    """Version, commit, the name of a file with what differs from it, that file, and source files that git does not know."""
+    """Version, commit, a file's name and content with what differs from it, and source files that git does not know."""
     revision = git_revision(SOURCE)
     code: dict[str, Any] = {"version": __version__, "commit": None, "diff": None, "untracked": []}
     if revision is None:

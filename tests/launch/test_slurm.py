@@ -1,4 +1,4 @@
-"""The batch file that is shipped, on a real SLURM cluster of two nodes: requeued, it ends as if nothing had happened."""
+"""The batch file that is shipped, on a real SLURM cluster of two nodes: requeued, it ends as if nothing was."""
 
 from __future__ import annotations
 

@@ -67,17 +67,23 @@ def test_a_job_that_loses_a_node_goes_on_from_its_newest_checkpoint(cluster: Clu
     runs.assert_same("whole", "lost", ranks=True)
 
 
-def test_an_array_of_seeds_and_one_of_them_submitted_again(cluster: Cluster, runs: Runs) -> None:
-    array = submit(cluster, runs, ["--nodes=1", "--array=4-5"], runs.arguments("seeds", "--rounds", "6")[1:])
+def test_an_array_of_seeds_of_which_one_is_stopped_and_one_submitted_again(cluster: Cluster, runs: Runs) -> None:
+    keys = ["--rounds", "200", "--checkpoint_every", "100000"]
+    array = submit(cluster, runs, ["--nodes=1", "--array=4-5"], runs.arguments("seeds", *keys)[1:])
     for seed in (4, 5):
+        runs.wait_for_rounds(f"seeds/seed-{seed}", 5)
+    jobs = {seed: cluster.fields(f"{array}_{seed}")["JobId"] for seed in (4, 5)}
+    # The task that shares its number with the array: what is done to it must not be done to all.
+    stopped = next(seed for seed, job in jobs.items() if job == array)
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{array}_{stopped}")
+    for seed, job in jobs.items():
+        assert runs.train(f"whole-{seed}", *keys, "--seed", str(seed)) == 0
         assert cluster.wait_for(f"{array}_{seed}") == "COMPLETED"
-        job = cluster.fields(f"{array}_{seed}")["JobId"]
+        assert cluster.fields(f"{array}_{seed}")["Restarts"] == str(int(seed == stopped))
         said = output(runs, job)
-        assert f"job {job}, attempt 1: 1 x 1 ranks on n" in said
+        assert f"job {array}_{seed}, attempt 1: 1 x 1 ranks on n" in said
         assert f", rendezvous at 127.0.0.1:{10000 + int(job)}\n" in said
-        (launch,) = launches(runs / "seeds" / f"seed-{seed}")
-        assert launch["job"] == f"slurm-{job}"
-        assert runs.train(f"whole-{seed}", "--rounds", "6", "--seed", str(seed)) == 0
+        assert launches(runs / "seeds" / f"seed-{seed}")[0]["job"] == f"slurm-{job}"
         runs.assert_same(f"whole-{seed}", f"seeds/seed-{seed}")
     assert (runs / "whole-4/model.safetensors").read_bytes() != (runs / "whole-5/model.safetensors").read_bytes()
     script = runs / "seeds" / "seed-5" / "resubmit.sh"

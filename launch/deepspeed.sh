@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Train through DeepSpeed's launcher, on this machine or on the hosts of a hostfile. Options of the launcher may stand
-# anywhere; all others go to `fedkernels train`. Nothing is installed: the environment in .venv is used where there is one.
+# anywhere; all others go to `fedkernels train`. Nothing is installed: the environment in .venv is used where there is
+# one.
 #
 #   bash launch/deepspeed.sh --nproc-per-node 2 --config configs/digits/fedmuon.yaml --rounds 3
-#   bash launch/deepspeed.sh --hostfile hosts --config C --run_dir /shared/runs/a               # on one host, by ssh and pdsh
-#   bash launch/deepspeed.sh --hostfile hosts --node-rank R --master-addr HEAD --config C ...   # on each host, without ssh
+#   bash launch/deepspeed.sh --hostfile hosts --config C --run_dir /shared/runs/a            # on one, by ssh and pdsh
+#   bash launch/deepspeed.sh --hostfile hosts --node-rank R --master-addr HEAD --config C    # on each, without ssh
 #
 #   --hostfile FILE      lines of HOST slots=RANKS, see launch/hostfile.example (this machine alone)
 #   --nproc-per-node N   ranks on each host (its slots; on this machine alone its GPUs, or 1 without any)

@@ -40,7 +40,7 @@ use_environment() {  # modules it must have; for launches: nothing is installed 
     export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
     for module in "$@"; do
         python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$module') is None)" \
-            || fail "$(command -v python) has no $module; install it there, or set VENV=... to an environment that has it"
+            || fail "$(command -v python) has no $module; install it there, or set VENV=... to one that has it"
     done
     one_thread_per_rank
 }

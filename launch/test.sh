@@ -12,7 +12,8 @@ if [ "${1:-}" = --no-cluster ]; then
     selection=(-m "not cluster")
     shift
 elif [ "$(id -u)" != 0 ] || ! type slurmctld slurmd munged ip >/dev/null 2>&1; then
-    fail "tests of clusters need root, SLURM, munge and iproute2; on Debian and Ubuntu: apt-get install slurm-wlm munge iproute2; or leave them out: bash launch/test.sh --no-cluster"
+    packages="on Debian and Ubuntu: apt-get install slurm-wlm munge iproute2"
+    fail "tests of clusters need root, SLURM, munge and iproute2 ($packages); without: bash launch/test.sh --no-cluster"
 fi
 prepare_environment dev
 

@@ -25,7 +25,8 @@ launcher=() train=()
 while [ $# -gt 0 ]; do
     option="${1%%=*}"
     case "${option//_/-}" in
-        --nnodes | --nproc-per-node | --rdzv-endpoint | --rdzv-id | --rdzv-conf | --node-rank | --local-addr | --max-restarts)
+        --nnodes | --nproc-per-node | --rdzv-endpoint | --rdzv-id | --rdzv-conf | --node-rank | --local-addr \
+            | --max-restarts)
             read_option "$@"
             shift "$used"
             launcher+=("$option" "$value")
@@ -56,22 +57,23 @@ expect --nnodes "$nnodes" '[1-9][0-9]*(:[1-9][0-9]*)?' "a number of nodes, or MI
 [ "${nnodes%:*}" -le "${nnodes#*:}" ] || fail "--nnodes: $nnodes, expected MIN:MAX with MIN at most MAX"
 expect --nproc-per-node "$nproc" '[1-9][0-9]*|gpu|cpu|auto' "a number of ranks, or gpu, cpu or auto"
 expect --rdzv-endpoint "$endpoint" '|[^ ]+:[1-9][0-9]{0,4}' "HOST:PORT"
-[ "${endpoint##*:}" -le 65535 ] 2>/dev/null || [ -z "$endpoint" ] || fail "--rdzv-endpoint: $endpoint, expected a port of at most 65535"
+[ -z "$endpoint" ] || [ "${endpoint##*:}" -le 65535 ] \
+    || fail "--rdzv-endpoint: $endpoint, expected a port of at most 65535"
 expect --node-rank "$node_rank" '|[0-9]+' "a number from 0"
 expect --max-restarts "$restarts" '|[0-9]+' "a number from 0"
 [ ${#train[@]} -gt 0 ] || fail "nothing to train; give --config FILE, see --help"
 
 if [ -n "$endpoint" ]; then
     [ -n "$id" ] || fail "--rdzv-id: missing; give this job a name, the same on all its nodes"
-    [ -z "$node_rank" ] || [ "$node_rank" -lt "${nnodes#*:}" ] || fail "--node-rank: $node_rank, expected less than --nnodes $nnodes"
+    [ -z "$node_rank" ] || [ "$node_rank" -lt "${nnodes#*:}" ] \
+        || fail "--node-rank: $node_rank, expected less than --nnodes $nnodes"
     # Who hosts the rendezvous is said, not guessed from host names, wherever the rank of the node is known.
     if [ -n "$node_rank" ]; then conf="is_host=$((node_rank == 0))${conf:+,$conf}"; fi
     torchrun=(--rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "$id" ${conf:+--rdzv-conf "$conf"})
 else
     [ "$nnodes" = 1 ] || fail "--rdzv-endpoint: missing; $nnodes nodes need HOST:PORT of the first one, the same on all"
-    for name in id conf node_rank address; do
-        [ -z "${!name}" ] || fail "--rdzv-endpoint: missing; without it there is one node, which takes no --rdzv-id, --rdzv-conf, --node-rank or --local-addr"
-    done
+    [ -z "$id$conf$node_rank$address" ] \
+        || fail "--rdzv-endpoint: missing; --rdzv-id, --rdzv-conf, --node-rank and --local-addr are for several nodes"
     torchrun=(--standalone)
 fi
 if [ -z "$restarts" ]; then restarts=$([ "$nnodes" = 1 ] && echo 0 || echo 3); fi

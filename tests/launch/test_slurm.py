@@ -87,7 +87,8 @@ def test_an_array_of_seeds_of_which_one_is_stopped_and_one_submitted_again(clust
         runs.assert_same(f"whole-{seed}", f"seeds/seed-{seed}")
     assert (runs / "whole-4/model.safetensors").read_bytes() != (runs / "whole-5/model.safetensors").read_bytes()
     script = runs / "seeds" / "seed-5" / "resubmit.sh"
-    said = cluster.run("bash", str(script), "--run_dir", str(runs / "again"), cwd=runs.folder)
+    out = f"SBATCH_OUTPUT={runs / 'again.out'}"
+    said = cluster.run("env", out, "bash", str(script), "--run_dir", str(runs / "again"), cwd=runs.folder)
     job = said.removeprefix("Submitted batch job ").strip()
     assert cluster.wait_for(job) == "COMPLETED"
     runs.assert_same("whole-5", "again")

@@ -105,7 +105,7 @@ def test_sigusr1_to_the_launcher_stops_the_ranks_and_they_are_not_started_again(
             "--rdzv-endpoint: head:70000, expected a port of at most 65535",
         ),
         (["--rdzv-endpoint=head:29500"], "--rdzv-id: missing; give this job a name"),
-        (["--node-rank=0"], "--rdzv-endpoint: missing; without it there is one node"),
+        (["--node-rank=0"], "--rdzv-endpoint: missing; --rdzv-id, --rdzv-conf, --node-rank and"),
         (
             ["--nnodes=2", "--rdzv-endpoint=head:1", "--rdzv-id=a", "--node-rank=2"],
             "--node-rank: 2, expected less than --nnodes 2",

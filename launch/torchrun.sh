@@ -17,7 +17,7 @@
 #   --rdzv-conf K=V,...  time-outs of the rendezvous, see torchrun
 #
 # SIGTERM, SIGINT and SIGUSR1 stop the run at the end of its round, with a checkpoint. TORCH_ELASTIC_SHUTDOWN_TIMEOUT
-# says how many seconds ranks have for that (30).
+# says how many seconds ranks have for that (30; releases of torch that do not read it wait as long).
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 nnodes=1 nproc=1 endpoint="" id="" node_rank="" address="" restarts="" conf=""

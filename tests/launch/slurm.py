@@ -99,7 +99,7 @@ class Cluster:
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for(self, job: str, timeout_s: float = 90) -> str:
+    def wait_for(self, job: str, timeout_s: float = 150) -> str:
         """The state in which a job ends."""
         self._wait(lambda: self.fields(job)["JobState"] in ENDED, f"job {job} does not end", timeout_s)
         return self.fields(job)["JobState"]

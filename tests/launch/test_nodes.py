@@ -17,7 +17,7 @@ from launch.nodes import PROGRAMS, Nodes
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("nodes")]
 
 TORCHRUN = ROOT / "launch" / "torchrun.sh"
-TIMEOUT_S = 5
+TIMEOUT_S = 8
 # Generous, for machines that do other things: noticing takes the time-out, starting again as long as importing torch.
 NOTICED_S, AGAIN_S = TIMEOUT_S + 30, 60
 KEYS = ["--rounds", "200", "--checkpoint_every", "20", "--timeout_s", str(TIMEOUT_S)]

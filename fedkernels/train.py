@@ -97,7 +97,7 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
     collectives = join(device, config.timeout_s)
     leader = collectives.rank == 0
     again = collectives.agree(lambda: leader and begun_by_this_job(config.run_dir))
-    resume = collectives.gather(resume or again)[0]
+    resume = any(collectives.gather(resume or again))
     collectives.agree(lambda: check_unused(config.run_dir) if leader and not resume else None)
     engine, data, partition = collectives.agree(lambda: build(config, collectives))
     checkpoints = config.run_dir / "checkpoints"

@@ -20,5 +20,4 @@ prepare_environment dev
 ruff check .
 ruff format --check .
 mypy
-# Tests that share a cluster run one after another.
-python -m pytest --numprocesses "$(nproc)" --dist loadgroup ${selection[@]+"${selection[@]}"} "$@"
+python -m pytest --numprocesses "$(nproc)" ${selection[@]+"${selection[@]}"} "$@"

@@ -14,6 +14,7 @@ from launch.machine import free_port
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 CONFIG = """\
 ClusterName=fedkernels
+FirstJobId={first}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
@@ -54,7 +55,10 @@ class Cluster:
     def __enter__(self) -> Cluster:
         for name in ("state", "spool-n1", "spool-n2"):
             (self.folder / name).mkdir()
-        config = CONFIG.format(folder=self.folder, host=socket.gethostname(), ports=[free_port() for _ in range(3)])
+        ports = [free_port() for _ in range(3)]
+        # Jobs take their ports from their numbers: clusters that run beside each other must not count alike.
+        first = 1 + secrets.randbelow(60000)
+        config = CONFIG.format(folder=self.folder, host=socket.gethostname(), ports=ports, first=first)
         (self.folder / "slurm.conf").write_text(config)
         key = self.folder / "munge.key"
         key.touch(0o600)

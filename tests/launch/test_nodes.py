@@ -14,7 +14,7 @@ from cli.small_runs import Runs
 from launch.machine import ROOT, require
 from launch.nodes import PROGRAMS, Nodes
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("nodes")]
+pytestmark = pytest.mark.cluster
 
 TORCHRUN = ROOT / "launch" / "torchrun.sh"
 TIMEOUT_S = 8

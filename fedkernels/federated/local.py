@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..contract import Batch, LocalOptimizer, SamplesCurvature, Task
+from ..contract import Batch, LocalOptimizer, Move, SamplesCurvature, Task
+from ..optim.steps import active_rows
 
 
 def run_local(
@@ -17,9 +19,11 @@ def run_local(
     *,
     state: Mapping[str, Tensor] | None = None,
     grad: Callable[[Tensor, Batch], Tensor] | None = None,
-    direction: Callable[[Tensor], Tensor] | None = None,
+    share: float = 1.0,
+    alpha: float = 0.0,
+    G: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run every local step of `C` clients from `x`: `y ← y − η direction(P(grad(y, batch)))`.
+    """Run every local step of `C` clients from `x`: `y ← y − η(s·P(grad(y, batch)) + αG)`.
 
     Clients with fewer steps than the others are masked: their parameters and state stay as they were.
 
@@ -27,7 +31,9 @@ def run_local(
         x: the start, `[d]` for all clients or `[C, d]`.
         state: entries that replace fresh optimizer state, `[d]` for all clients or `[C, d]`.
         grad: replaces `task.grad`, for control variates, proximal terms and perturbed points.
-        direction: maps the optimizer's direction `[C, d]` to the one taken, for corrections.
+        share: s, weight of the optimizer's direction P.
+        alpha: α, weight of the global direction.
+        G: the global direction `[d]`; None for none.
 
     Returns:
         `y [C, d]` after the last step, and the optimizer's state.
@@ -42,20 +48,14 @@ def run_local(
         own[name].copy_(value)
     gradient = grad or task.grad
     sampling = optimizer if isinstance(optimizer, SamplesCurvature) else None
+    everyone = Move(y.new_full((), task.lr), share, alpha, G)
     for k, batch in enumerate(task.batches(), start=1):
         g = gradient(y, batch)
-        before = None if batch.active is None else {name: value.clone() for name, value in own.items()}
+        move = everyone if batch.active is None else replace(everyone, active=batch.active.to(y.device))
         if sampling is not None and sampling.curvature_due(k):
-            sampling.observe(own, *task.sampled_grad(y, batch, k))
-        p = optimizer.step(own, g, y, k, task.layout)
-        if direction is not None:
-            p = direction(p)
-        if batch.active is not None and before is not None:
-            active = batch.active.to(y.device)[:, None]
-            p = torch.where(active, p, 0)
-            for name, value in own.items():
-                value.copy_(torch.where(active, value, before[name]))
-        y.add_(p, alpha=-task.lr)
+            with active_rows(move.active, own.values()):
+                sampling.observe(own, *task.sampled_grad(y, batch, k))
+        optimizer.step(own, g, y, k, task.layout, move)
     task.trained(y)
     return y, own
 

@@ -146,6 +146,34 @@ def require(name: str, tensor: Tensor | None, like: Tensor, shape: tuple[int, ..
     """
     if tensor is None:
         return
+    _require(name, tensor, like, shape, dtypes)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous: strides {list(tensor.stride())} of shape {list(shape)}")
+
+
+def require_rows(
+    name: str, tensor: Tensor | None, like: Tensor, shape: tuple[int, int], *dtypes: torch.dtype, written: bool = False
+) -> None:
+    """Check one argument `[C, d]` of a kernel over rows: each is contiguous, wherever the next one begins.
+
+    Args:
+        written: whether the kernel writes to it, so that rows may not share memory.
+
+    Raises:
+        ValueError: it is on another device than `like`, not of that shape and one of the dtypes, or has rows that are
+            not contiguous, or that overlap and are written to.
+    """
+    if tensor is None:
+        return
+    _require(name, tensor, like, shape, dtypes)
+    (clients, d), (step, within) = shape, tensor.stride()
+    if d > 1 and within != 1:
+        raise ValueError(f"{name} has rows that are not contiguous: strides [{step}, {within}] of shape {list(shape)}")
+    if written and clients > 1 and step < d:
+        raise ValueError(f"{name} has rows that overlap: strides [{step}, {within}] of shape {list(shape)}")
+
+
+def _require(name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, expected {like.device}")
     if tuple(tensor.shape) != shape:
@@ -153,8 +181,6 @@ def require(name: str, tensor: Tensor | None, like: Tensor, shape: tuple[int, ..
     if dtypes and tensor.dtype not in dtypes:
         expected = " or ".join(_name(dtype) for dtype in dtypes)
         raise ValueError(f"{name} is {_name(tensor.dtype)}, expected {expected}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} is not contiguous: strides {list(tensor.stride())} of shape {list(shape)}")
 
 
 def require_scalars(name: str, tensor: Tensor | None, like: Tensor, clients: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from kernel_rows import BACKENDS, CLIENTS, COMPILED, DEVICE, SIZES, WIDE, assert_near, poison, row, rows, scalar
 from torch import Tensor
 
+from fedkernels.contract import Move
 from fedkernels.kernels.fused_adamw import fused_adamw
 from fedkernels.layout import Layout
 from fedkernels.optim import AdamW
@@ -186,7 +187,7 @@ def test_equals_the_local_optimizer(backend: str) -> None:
     m = torch.zeros_like(y)
     for k in range(1, 5):
         g = rows(3, 300, 10 + k, dtype=torch.float64)
-        theirs -= 0.03 * optimizer.step(own, g, theirs, k, layout)
+        optimizer.step(own, g, theirs, k, layout, Move(scalar(0.03, torch.float64)))
         fused_adamw(
             y, m, v, g, lr=scalar(0.03, torch.float64), step=scalar(k), v_steps=own["v_steps"], **CONSTANTS,
             backend=backend,
@@ -214,7 +215,7 @@ def test_threads(threads: int) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("g", torch.zeros(5, 2).T, r"g is not contiguous: strides \[1, 2\] of shape \[2, 5\]"),
+        ("g", torch.zeros(5, 2).T, r"g has rows that are not contiguous: strides \[1, 2\] of shape \[2, 5\]"),
         ("g", torch.zeros(2, 4), r"g has shape \[2, 4\], expected \[2, 5\]"),
         ("g", torch.zeros(2, 5, dtype=torch.float16), "g is float16, expected float32 or bfloat16"),
         ("m", torch.zeros(2, 5, dtype=torch.float64), "m is float64, expected float32"),

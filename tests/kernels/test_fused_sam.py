@@ -198,7 +198,9 @@ def test_refuses(backend: str) -> None:
         fused_sam(y, g, rho=RHO, out=g.clone(), saved=g.clone(), backend=backend)
     with pytest.raises(ValueError, match="neither of out and saved given, expected exactly one of them"):
         fused_sam(y, g, rho=RHO, backend=backend)
-    with pytest.raises(ValueError, match=r"direction is not contiguous: strides \[1, 2\] of shape \[2, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"direction has rows that are not contiguous: strides \[1, 2\] of shape \[2, 5\]"
+    ):
         fused_sam(y, g.T.contiguous().T, rho=RHO, out=g.clone(), backend=backend)
     with pytest.raises(ValueError, match=r"out has shape \[1, 5\], expected \[2, 5\]"):
         fused_sam(y, g, rho=RHO, out=g[:1].clone(), backend=backend)

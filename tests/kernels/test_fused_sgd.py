@@ -9,6 +9,7 @@ import torch
 from kernel_rows import BACKENDS, CLIENTS, COMPILED, DEVICE, SIZES, WIDE, assert_near, poison, row, rows, scalar
 from torch import Tensor
 
+from fedkernels.contract import Move
 from fedkernels.kernels.fused_sgd import fused_sgd
 from fedkernels.layout import Layout
 from fedkernels.optim import Sgd
@@ -113,7 +114,7 @@ def test_equals_the_local_optimizer(backend: str, momentum: float, weight_decay:
     m = torch.zeros_like(y) if momentum else None
     for k in range(1, 5):
         g = rows(3, 300, 10 + k, dtype=torch.float64)
-        theirs -= 0.03 * optimizer.step(own, g.clone(), theirs, k, layout)
+        optimizer.step(own, g, theirs, k, layout, Move(scalar(0.03, torch.float64)))
         fused_sgd(y, m, g, lr=scalar(0.03, torch.float64), **constants, backend=backend)
     torch.testing.assert_close(y, theirs, rtol=1e-13, atol=1e-13)
 
@@ -127,7 +128,7 @@ def test_momentum_without_its_state() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_refuses_what_is_not_contiguous(backend: str) -> None:
     y, m, g = state(2, 5)
-    with pytest.raises(ValueError, match=r"m is not contiguous: strides \[10, 2\] of shape \[2, 5\]"):
+    with pytest.raises(ValueError, match=r"m has rows that are not contiguous: strides \[10, 2\] of shape \[2, 5\]"):
         fused_sgd(y, torch.zeros(2, 10, device=DEVICE)[:, ::2], g, lr=scalar(0.1), backend=backend)
     assert torch.equal(m, state(2, 5)[1])
 

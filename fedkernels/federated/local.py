@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Batch, LocalOptimizer, Move, SamplesCurvature, Task
+from ..kernels.fused_sam import fused_sam, row_norm
 from ..optim.steps import active_rows
 
 
@@ -87,7 +88,33 @@ def sam_gradient(task: Task, rho: float) -> Callable[[Tensor, Batch], Tensor]:
     ascended = task.steps.new_empty(len(task.steps), task.layout.d)
 
     def gradient(y: Tensor, batch: Batch) -> Tensor:
-        torch.add(y, rescale_(task.grad(y, batch), rho), out=ascended)
+        fused_sam(y, task.grad(y, batch), rho=rho, out=ascended)
         return task.grad(ascended, batch)
 
     return gradient
+
+
+def shifted_gradient(task: Task, direction: Tensor, coefficient: Tensor) -> Callable[[Tensor, Batch], Tensor]:
+    """The `grad` at a point that is off by the same vector all round, `∇f_i(y + c·v)`; the vector is never stored.
+
+    Args:
+        direction: v, `[C, d]`, or `[d]` for all clients.
+        coefficient: c, one value or `[C]`, such as `ascent(v, ρ)`.
+    """
+    shifted = task.steps.new_empty(len(task.steps), task.layout.d)
+
+    def gradient(y: Tensor, batch: Batch) -> Tensor:
+        fused_sam(y, direction, coefficient=coefficient, out=shifted)
+        return task.grad(shifted, batch)
+
+    return gradient
+
+
+def ascent(v: Tensor, rho: float, eps: float = 1e-7) -> Tensor:
+    """What makes rows of `v [C, d]` or `[d]` as long as ρ: `ρ/(‖v‖ + ε)`, `[C]` or `[1]`.
+
+    Example:
+        >>> ascent(torch.tensor([[3.0, 4.0]]), 10.0).tolist()
+        [2.0]
+    """
+    return rho / (row_norm(v) + eps)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_rows import BACKENDS, CLIENTS, COMPILED, DEVICE, SIZES, WIDE, assert_near, poison, row, rows, scalar
+from kernel_rows import BACKENDS, CLIENTS, COMPILED, DEVICE, SIZES, WIDE, apart, assert_near, poison, row, rows, scalar
 from torch import Tensor
 
 from fedkernels.contract import Move
@@ -144,3 +144,18 @@ def test_opcheck(backend: str, with_options: bool) -> None:
         import fedkernels.kernels.fused_sgd.triton  # noqa: F401  defines the operator
     arguments = (y, m, g, scalar(0.1), *rest.values())
     torch.library.opcheck(getattr(torch.ops.fedkernels, f"fused_sgd_{backend}").default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("d", [257, 4096])
+def test_rows_may_lie_apart(backend: str, d: int) -> None:
+    """Bit for bit the step of rows side by side, each tensor with a stride of its own; what lies between stays."""
+    expected, rest = state(3, d), options(3, d)
+    views, wholes = zip(*(apart(tensor, 3 * i, 5 - i) for i, tensor in enumerate(expected)), strict=True)
+    source, delta = apart(rest["source"], 1, 2)[0], apart(rest["delta"], 4, 4)[0]
+    fused_sgd(*expected, lr=scalar(0.03), **rest, backend=backend)
+    fused_sgd(*views, lr=scalar(0.03), **rest | {"source": source, "delta": delta}, backend=backend)
+    assert torch.equal(delta, rest["delta"])
+    for view, whole, tensor in zip(views, wholes, expected, strict=True):
+        assert torch.equal(view, tensor)
+        assert int(whole.isnan().sum()) == whole.numel() - view.numel()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..contract import Move
 from ..kernels.newton_schulz import Orthogonalization, newton_schulz
+from ..kernels.rows import zero_rows
 from ..layout import Layout, Route
 from .adamw import AdamW
 from .steps import active_rows, step_along
@@ -68,7 +69,7 @@ class Muon:
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
         require_matrices(layout)
-        return {"M": torch.zeros_like(layout.matrices(y)), **self._adamw().init(layout.vectors(y), layout)}
+        return {"M": zero_rows(layout.matrices(y)), **self._adamw().init(layout.vectors(y), layout)}
 
     def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
         for slab in layout.slabs:

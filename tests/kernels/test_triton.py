@@ -26,6 +26,14 @@ from fedkernels.kernels.fused_sam.triton import (
     sam_kernel,
 )
 from fedkernels.kernels.fused_sgd.triton import sgd_kernel
+from fedkernels.kernels.round_tail.triton import (
+    INT8_OPTIONS,
+    accumulate_kernel,
+    bf16_kernel,
+    int8_kernel,
+    tile_of,
+    total_kernel,
+)
 from fedkernels.kernels.tiles import OPTIONS, TILE
 
 HERE = Path(__file__).parent
@@ -41,6 +49,12 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "sam": (sam_kernel, {"ONE_ROW": False, "PER_CLIENT": False, "PARTS": PARTS, "SIZE": SAM_TILE}, OPTIONS),
     "partial": (partial_kernel, {"SIZE": NORM_TILE}, NORM_OPTIONS),
     "norm": (norm_kernel, {"PARTS": PARTS}, OPTIONS),
+    "int8": (int8_kernel, {"CHUNK": 256, "CHUNKS": tile_of(256)[0], "WIDTH": tile_of(256)[1]}, INT8_OPTIONS),
+    "int8 by 7": (int8_kernel, {"CHUNK": 7, "CHUNKS": tile_of(7)[0], "WIDTH": tile_of(7)[1]}, INT8_OPTIONS),
+    "int8 by 4100": (int8_kernel, {"CHUNK": 4100, "CHUNKS": 1, "WIDTH": TILE}, INT8_OPTIONS),
+    "bf16": (bf16_kernel, {}, OPTIONS),
+    "accumulate": (accumulate_kernel, {"PER_CLIENT": True}, OPTIONS),
+    "total": (total_kernel, {"PARTS": PARTS}, OPTIONS),
 }
 OPTIONAL = {
     "adamw": ["G_ptr", "scale_ptr", "active_ptr", "x_ptr", "delta_ptr"],
@@ -48,14 +62,18 @@ OPTIONAL = {
     "sam": ["saved_ptr", "coefficient_ptr"],
     "partial": [],
     "norm": [],
+    "bf16": ["x_ptr", "residual_ptr", "begins_ptr", "ends_ptr", "payload_ptr"],
+    "accumulate": [],
+    "total": [],
 }
+OPTIONAL |= dict.fromkeys(("int8", "int8 by 7", "int8 by 4100"), [*OPTIONAL["bf16"], "scale_ptr"])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run that the test starts")
-@pytest.mark.parametrize("op", ["adamw", "sgd", "sam"])
+@pytest.mark.parametrize("op", ["fused_adamw", "fused_sgd", "fused_sam", "round_tail"])
 def test_interpreted(op: str) -> None:
     """The tests of the op once more, with Triton on CPU tensors; the variable has to be there before the import."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", str(HERE / f"test_fused_{op}.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", str(HERE / f"test_{op}.py")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent.parent)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
@@ -79,11 +97,16 @@ def compiled(
         constants["clients"] = 1
     kinds = {"active_ptr": "*i1", "partial_ptr": "*fp64", "g_ptr": f"*{g}", "direction_ptr": f"*{g}"}
     kinds |= {"step_ptr": "*i64", "v_steps_ptr": "*fp64", "clients": "i32", "d": "i32", "parts": "i32"}
+    kinds |= {"payload_ptr": "*i16" if op == "bf16" else "*i8", "total_ptr": "*fp64", "spans": "i32", "wire": "i32"}
+    kinds |= dict.fromkeys(("sums_ptr", "weights_ptr"), "*fp64")
+    kinds |= dict.fromkeys(("begins_ptr", "ends_ptr", "key_ptr", "clients_ptr"), "*i64")
+    kinds |= {name: "i32" for name in kernel.arg_names if name.endswith("_stride")}
     signature = {
         name: "constexpr" if name in constants else kinds.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
         for name in kernel.arg_names
     }
-    divisible = [name for name, kind in signature.items() if kind.startswith("*") or (name == "d" and aligned)]
+    lengths = [name for name in signature if name == "d" or name.endswith("_stride")] if aligned else []
+    divisible = [name for name, kind in signature.items() if kind.startswith("*") or name in lengths]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

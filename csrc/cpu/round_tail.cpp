@@ -47,46 +47,40 @@ INLINE void scatter(const Sent<T>& sent, int64_t first, int64_t size, const T* v
   });
 }
 
-// Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011. Sixteen counters at a time, which is what the widest
-// vectors hold; words lie in the order of their counters.
-constexpr int64_t kCounters = 16;
-
-INLINE void philox(uint64_t counter, const Draws& draws, uint32_t* __restrict words) {
-  uint32_t a[kCounters], b[kCounters], c[kCounters], d[kCounters];
-  for (int64_t i = 0; i < kCounters; ++i) {
-    a[i] = static_cast<uint32_t>(counter + i);
-    b[i] = static_cast<uint32_t>((counter + i) >> 32);
-    c[i] = draws.client;
-    d[i] = draws.wire;
-  }
-  uint32_t low = static_cast<uint32_t>(draws.key), high = static_cast<uint32_t>(draws.key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int64_t i = 0; i < kCounters; ++i) {
-      const uint64_t p = uint64_t{0xD2511F53} * a[i], q = uint64_t{0xCD9E8D57} * c[i];
-      a[i] = static_cast<uint32_t>(q >> 32) ^ b[i] ^ low;
-      b[i] = static_cast<uint32_t>(q);
-      c[i] = static_cast<uint32_t>(p >> 32) ^ d[i] ^ high;
-      d[i] = static_cast<uint32_t>(p);
+// Words of the counters from `counter` on, in their order. Salmon et al., Parallel random numbers: as easy as 1, 2, 3,
+// SC 2011. Rounds are unrolled, so that the compiler makes vectors of counters.
+INLINE void philox(uint64_t counter, int64_t counters, const Draws& draws, uint32_t* __restrict words) {
+  constexpr uint32_t kP = 0xD2511F53, kQ = 0xCD9E8D57;
+  for (int64_t i = 0; i < counters; ++i) {
+    const uint64_t at = counter + static_cast<uint64_t>(i);
+    uint32_t a = static_cast<uint32_t>(at), b = static_cast<uint32_t>(at >> 32), c = draws.client, d = draws.wire;
+    uint32_t low = static_cast<uint32_t>(draws.key), high = static_cast<uint32_t>(draws.key >> 32);
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const uint32_t p = (uint64_t{kP} * a) >> 32, q = (uint64_t{kQ} * c) >> 32, p_low = kP * a, q_low = kQ * c;
+      a = q ^ b ^ low;
+      b = q_low;
+      c = p ^ d ^ high;
+      d = p_low;
+      low += 0x9E3779B9;
+      high += 0xBB67AE85;
     }
-    low += 0x9E3779B9;
-    high += 0xBB67AE85;
-  }
-  for (int64_t i = 0; i < kCounters; ++i) {
-    words[4 * i] = a[i];
-    words[4 * i + 1] = b[i];
-    words[4 * i + 2] = c[i];
-    words[4 * i + 3] = d[i];
+    words[4 * i] = a;
+    words[4 * i + 1] = b;
+    words[4 * i + 2] = c;
+    words[4 * i + 3] = d;
   }
 }
 
 // The words of `size` positions from `first` on; some before and behind are made as well.
 struct Words {
-  alignas(64) uint32_t memory[kMessageTile + 4 + 4 * kCounters];
+  static constexpr int64_t kTogether = 16;  // counters of the widest vectors
+  alignas(64) uint32_t memory[kMessageTile + 4 + 4 * kTogether];
 
   INLINE const uint32_t* draw(const Draws& draws, int64_t first, int64_t size) {
-    const int64_t begin = first / 4 * 4;
-    for (int64_t k = begin; k < first + size; k += 4 * kCounters) philox(k / 4, draws, memory + (k - begin));
-    return memory + (first - begin);
+    const int64_t begin = first / 4, end = (first + size + 3) / 4;
+    philox(begin, (end - begin + kTogether - 1) / kTogether * kTogether, draws, memory);
+    return memory + first % 4;
   }
 };
 
@@ -134,13 +128,12 @@ INLINE void quantise(int64_t size, float scale, const uint32_t* __restrict words
     return;
   }
   for (int64_t i = 0; i < size; ++i) {
-    const T t = v[i] / s, low = std::floor(t);
+    const T t = std::min(std::max(v[i] / s, T(-127)), T(127)), low = std::floor(t);
     // Twenty-four bits of which the last is set: exact, and as often below a half as above.
     const T u = static_cast<T>(static_cast<int32_t>(words[i] >> 8 | 1)) * T(1.0 / (1 << 24));
-    const T whole = low + (u < t - low ? T(1) : T(0));
-    const int32_t level = static_cast<int32_t>(std::min(std::max(whole, T(-127)), T(127)));
-    q[i] = static_cast<int8_t>(level);
-    received[i] = static_cast<T>(level) * s;
+    const T level = low + (u < t - low ? T(1) : T(0));
+    received[i] = level * s;
+    q[i] = static_cast<int8_t>(static_cast<int32_t>(level));
   }
 }
 

@@ -27,7 +27,6 @@ from fedkernels.kernels.fused_sam.triton import (
 )
 from fedkernels.kernels.fused_sgd.triton import sgd_kernel
 from fedkernels.kernels.round_tail.triton import (
-    INT8_OPTIONS,
     accumulate_kernel,
     bf16_kernel,
     int8_kernel,
@@ -49,9 +48,9 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "sam": (sam_kernel, {"ONE_ROW": False, "PER_CLIENT": False, "PARTS": PARTS, "SIZE": SAM_TILE}, OPTIONS),
     "partial": (partial_kernel, {"SIZE": NORM_TILE}, NORM_OPTIONS),
     "norm": (norm_kernel, {"PARTS": PARTS}, OPTIONS),
-    "int8": (int8_kernel, {"CHUNK": 256, "CHUNKS": tile_of(256)[0], "WIDTH": tile_of(256)[1]}, INT8_OPTIONS),
-    "int8 by 7": (int8_kernel, {"CHUNK": 7, "CHUNKS": tile_of(7)[0], "WIDTH": tile_of(7)[1]}, INT8_OPTIONS),
-    "int8 by 4100": (int8_kernel, {"CHUNK": 4100, "CHUNKS": 1, "WIDTH": TILE}, INT8_OPTIONS),
+    "int8": (int8_kernel, {"CHUNK": 256, "CHUNKS": tile_of(256)[0], "WIDTH": tile_of(256)[1]}, OPTIONS),
+    "int8 by 7": (int8_kernel, {"CHUNK": 7, "CHUNKS": tile_of(7)[0], "WIDTH": tile_of(7)[1]}, OPTIONS),
+    "int8 by 4100": (int8_kernel, {"CHUNK": 4100, "CHUNKS": tile_of(4100)[0], "WIDTH": tile_of(4100)[1]}, OPTIONS),
     "bf16": (bf16_kernel, {}, OPTIONS),
     "accumulate": (accumulate_kernel, {"PER_CLIENT": True}, OPTIONS),
     "total": (total_kernel, {"PARTS": PARTS}, OPTIONS),

@@ -11,7 +11,7 @@ from ..fused_sam.triton import PARTS, partial_sums, total_of
 from ..tiles import OPTIONS, TILE, per_client
 
 # Four elements a thread: random numbers need registers.
-INT8_OPTIONS = {**OPTIONS, "num_warps": 8}
+INT8_TILE = 512
 
 
 @triton.jit
@@ -110,10 +110,10 @@ def store_levels(v, u, scale, residual_ptr, decoded_ptr, payload_ptr, cols, p, i
     known = scale == scale
     t = tl.where(known, tl.div_rn(v, tl.where(known, scale, 1.0)), 0.0)
     low = tl.floor(t)
-    q = tl.minimum(tl.maximum(low + tl.where(u < t - low, 1.0, 0.0), -127.0), 127.0)
+    q = tl.minimum(tl.maximum(low + tl.where(u < t - low, 1.0, 0.0), -127.0), 127.0).to(tl.int32)
     if payload_ptr is not None:
         tl.store(payload_ptr + p, q.to(tl.int8), inside)
-    receive(q * scale, v, residual_ptr, decoded_ptr, cols, inside)
+    receive(q.to(tl.float32) * scale, v, residual_ptr, decoded_ptr, cols, inside)
 
 
 @triton.jit
@@ -270,9 +270,9 @@ def stride(rows: Tensor | None) -> int:
 
 
 def tile_of(chunk: int) -> tuple[int, int]:
-    """Chunks of a program, and columns of a tile: together `TILE` elements."""
-    width = min(TILE, max(4, triton.next_power_of_2(chunk)))
-    return (TILE // width if chunk <= width else 1), width
+    """Chunks of a program, and columns of a tile: together `INT8_TILE` elements."""
+    width = min(INT8_TILE, max(4, triton.next_power_of_2(chunk)))
+    return INT8_TILE // width, width
 
 
 @torch.library.custom_op(
@@ -298,7 +298,7 @@ def encode_int8_triton(
         values, x, residual, begins, ends, key, clients, payload, scale, decoded,
         rows, d, 0 if ends is None else ends.shape[1], wire,
         stride(values), stride(residual), stride(payload), stride(scale), stride(decoded),
-        chunk, chunks, width, **INT8_OPTIONS,
+        chunk, chunks, width, **OPTIONS,
     )  # fmt: skip
 
 

@@ -50,18 +50,17 @@ INLINE void scatter(const Sent<T>& sent, int64_t first, int64_t size, const T* v
 // Words of the counters from `counter` on, in their order. Salmon et al., Parallel random numbers: as easy as 1, 2, 3,
 // SC 2011. Rounds are unrolled, so that the compiler makes vectors of counters.
 INLINE void philox(uint64_t counter, int64_t counters, const Draws& draws, uint32_t* __restrict words) {
-  constexpr uint32_t kP = 0xD2511F53, kQ = 0xCD9E8D57;
   for (int64_t i = 0; i < counters; ++i) {
     const uint64_t at = counter + static_cast<uint64_t>(i);
     uint32_t a = static_cast<uint32_t>(at), b = static_cast<uint32_t>(at >> 32), c = draws.client, d = draws.wire;
     uint32_t low = static_cast<uint32_t>(draws.key), high = static_cast<uint32_t>(draws.key >> 32);
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-      const uint32_t p = (uint64_t{kP} * a) >> 32, q = (uint64_t{kQ} * c) >> 32, p_low = kP * a, q_low = kQ * c;
-      a = q ^ b ^ low;
-      b = q_low;
-      c = p ^ d ^ high;
-      d = p_low;
+      const uint64_t p = uint64_t{0xD2511F53} * a, q = uint64_t{0xCD9E8D57} * c;
+      a = static_cast<uint32_t>(q >> 32) ^ b ^ low;
+      b = static_cast<uint32_t>(q);
+      c = static_cast<uint32_t>(p >> 32) ^ d ^ high;
+      d = static_cast<uint32_t>(p);
       low += 0x9E3779B9;
       high += 0xBB67AE85;
     }

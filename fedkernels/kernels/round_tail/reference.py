@@ -1,4 +1,7 @@
-"""Messages of clients and sums over clients in plain PyTorch: what the kernels must equal, bit for bit."""
+"""Messages of clients and sums over clients in plain PyTorch: what the kernels must equal, bit for bit.
+
+They are operators of their own, since torch.compile would leave out a rounding to bfloat16 and add in another order.
+"""
 
 from __future__ import annotations
 
@@ -78,6 +81,9 @@ def _receive(received: Tensor, v: Tensor, residual: Tensor | None, decoded: Tens
         residual[c, at] = v - received
 
 
+@torch.library.custom_op(
+    "fedkernels::encode_int8_reference", mutates_args=("residual", "payload", "scale", "decoded")
+)
 def encode_int8_reference(
     values: Tensor,
     x: Tensor | None,
@@ -102,6 +108,7 @@ def encode_int8_reference(
         _receive(int8_values(q, s, chunk, v.dtype), v, residual, decoded, c, at)
 
 
+@torch.library.custom_op("fedkernels::encode_bf16_reference", mutates_args=("residual", "payload", "decoded"))
 def encode_bf16_reference(
     values: Tensor,
     x: Tensor | None,
@@ -119,11 +126,23 @@ def encode_bf16_reference(
         _receive(rounded.to(v.dtype), v, residual, decoded, c, at)
 
 
+@torch.library.custom_op("fedkernels::accumulate_reference", mutates_args=("sums",))
 def accumulate_reference(sums: Tensor, rows: Tensor, weights: Tensor) -> None:
     for row, weight in zip(rows, weights.to(sums.dtype).expand(len(rows)), strict=True):
         # Not a product with zero: what a client of weight 0 sent may be NaN.
         sums.copy_(torch.where(weight == 0, sums, sums + weight * row.to(sums.dtype)))
 
 
+@torch.library.custom_op("fedkernels::square_sums_reference", mutates_args=())
 def square_sums_reference(rows: Tensor) -> Tensor:
-    return rows.double().square().sum(1)
+    # Row by row: how a reduction adds depends on the shape of all.
+    return torch.stack([row.double().square().sum() for row in rows])
+
+
+for _operator in (encode_int8_reference, encode_bf16_reference, accumulate_reference):
+    _operator.register_fake(lambda *arguments: None)
+
+
+@square_sums_reference.register_fake
+def _(rows: Tensor) -> Tensor:
+    return rows.new_empty(len(rows), dtype=torch.float64)

@@ -12,6 +12,9 @@ from ..tiles import OPTIONS, TILE, per_client
 
 # Four elements a thread: random numbers need registers.
 INT8_TILE = 512
+# Scales are normal numbers of float32, of which 128 are one too.
+LEAST = tl.constexpr(torch.finfo(torch.float32).tiny)
+MOST = tl.constexpr(torch.finfo(torch.float32).max / 128)
 
 
 @triton.jit
@@ -99,9 +102,7 @@ def largest(v):
 @triton.jit
 def scale_of(bits):
     """`max|v|/127` within the normal numbers; NaN where a value is not finite."""
-    m = bits.to(tl.float32, bitcast=True)
-    # 2⁻¹²⁶ and the largest number over 128
-    scale = tl.minimum(tl.maximum(tl.div_rn(m, 127.0), 1.1754943508222875e-38), 2.658455991569832e36)
+    scale = tl.minimum(tl.maximum(tl.div_rn(bits.to(tl.float32, bitcast=True), 127.0), LEAST), MOST)
     return tl.where(bits < 0x7F800000, scale, float("nan"))
 
 

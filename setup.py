@@ -35,7 +35,12 @@ def kernels():
         # Without contraction to fused multiply-adds every instruction set gives the same bits.
         # Nobody catches floating-point traps; to say so lets comparisons and floor become vectors.
         extra_compile_args=[
-            "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
+            "-O3",
+            "-fopenmp",
+            "-ffp-contract=off",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-fvisibility=hidden",
         ],  # fmt: skip
         extra_link_args=["-fopenmp"],
         optional=True,

@@ -220,7 +220,9 @@ def measure(op: str, name: str, gradient: torch.dtype, device: torch.device, rep
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--op", nargs="+", choices=["adamw", "sam_adamw", "sam_sgd", "round_tail"], default=["adamw", "sam_adamw"])
+    parser.add_argument(
+        "--op", nargs="+", choices=["adamw", "sam_adamw", "sam_sgd", "round_tail"], default=["adamw", "sam_adamw"]
+    )
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["vit_tiny x 10", "vit_b"])
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"], help="of gradients")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -60,8 +60,11 @@ def variants(p: Problem, job: str) -> list[Variant]:
     """Ways to do a job, ours first. Each returns what is checked."""
     C = len(p.y)
 
-    def with_compiled(fused: float, ours: Callable[[], Any], unfused: float, theirs: Callable[..., Any], *given: Any) -> list[Variant]:
-        compiled = torch.compile(theirs)
+    def with_compiled(
+        fused: float, ours: Callable[[], Any], unfused: float, theirs: Callable[..., Any], *given: Any
+    ) -> list[Variant]:
+        # Without it the compiler leaves out roundings, and with them what error feedback is about.
+        compiled = torch.compile(theirs, options={"emulate_precision_casts": True})
         return [
             Variant("fedkernels", fused, ours),
             Variant("operation by operation", unfused, lambda: theirs(*given)),
@@ -71,9 +74,7 @@ def variants(p: Problem, job: str) -> list[Variant]:
     if job == "int8":
 
         def int8() -> tuple[Tensor, Tensor]:
-            encode_int8(
-                p.y, draws=p.draws, chunk=CHUNK, x=p.x, residual=p.residual, payload=p.payload, scale=p.scale
-            )
+            encode_int8(p.y, draws=p.draws, chunk=CHUNK, x=p.x, residual=p.residual, payload=p.payload, scale=p.scale)
             return p.payload, p.scale
 
         return with_compiled(
@@ -131,7 +132,9 @@ def check(p: Problem, job: str, variant: Variant) -> float:
         else:
             unit, received, allowed = v.abs() + 1e-3, found[:, : y.shape[1]].double(), 2.0**-8
         # Nothing is lost but what the residual keeps, and that is below the unit.
-        error = max(((v - received - lost) / unit).abs().max().item() / 1e-3, (lost / unit).abs().max().item() / allowed)
+        error = max(
+            ((v - received - lost) / unit).abs().max().item() / 1e-3, (lost / unit).abs().max().item() / allowed
+        )
     else:
         factors = p.weights if job == "sum" else (CLIP / p.y.double().norm(dim=1)).clamp(max=1)
         expected = (factors[:, None] * y).sum(0)

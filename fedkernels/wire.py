@@ -68,9 +68,7 @@ class Codec(Protocol):
         """The values `[size]` in `dtype` that the server makes of a message."""
         ...
 
-    def transmit(
-        self, rows: Tensor, payloads: Sequence[Payload], draws: Draws, residual: Tensor | None
-    ) -> Tensor:
+    def transmit(self, rows: Tensor, payloads: Sequence[Payload], draws: Draws, residual: Tensor | None) -> Tensor:
         """What the server decodes of the messages of `C` clients, `[C, d]`; zero where nothing is sent.
 
         A row with NaN or infinity among what is sent has one in what is decoded, too.

@@ -78,9 +78,7 @@ class Int8:
         q, scale = message
         return q.to(dtype).mul_(scale.to(dtype).repeat_interleave(self.chunk)[: len(q)])
 
-    def transmit(
-        self, rows: Tensor, payloads: Sequence[Payload], draws: Draws, residual: Tensor | None
-    ) -> Tensor:
+    def transmit(self, rows: Tensor, payloads: Sequence[Payload], draws: Draws, residual: Tensor | None) -> Tensor:
         spans, decoded = _spans(payloads, rows.shape[1], rows.device), torch.zeros_like(rows)
         encode_int8(rows, draws=draws, chunk=self.chunk, spans=spans, residual=residual, decoded=decoded)
         return decoded
@@ -107,9 +105,7 @@ class Bf16:
     def decode(self, message: tuple[Tensor, ...], payload: Payload, dtype: torch.dtype) -> Tensor:
         return message[0].to(dtype)
 
-    def transmit(
-        self, rows: Tensor, payloads: Sequence[Payload], draws: Draws, residual: Tensor | None
-    ) -> Tensor:
+    def transmit(self, rows: Tensor, payloads: Sequence[Payload], draws: Draws, residual: Tensor | None) -> Tensor:
         spans, decoded = _spans(payloads, rows.shape[1], rows.device), torch.zeros_like(rows)
         encode_bf16(rows, spans=spans, residual=residual, decoded=decoded)
         return decoded

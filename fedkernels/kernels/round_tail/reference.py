@@ -81,9 +81,7 @@ def _receive(received: Tensor, v: Tensor, residual: Tensor | None, decoded: Tens
         residual[c, at] = v - received
 
 
-@torch.library.custom_op(
-    "fedkernels::encode_int8_reference", mutates_args=("residual", "payload", "scale", "decoded")
-)
+@torch.library.custom_op("fedkernels::encode_int8_reference", mutates_args=("residual", "payload", "scale", "decoded"))
 def encode_int8_reference(
     values: Tensor,
     x: Tensor | None,

@@ -139,9 +139,7 @@ def int8_kernel(
     clients, d, spans, wire, values_stride, residual_stride, payload_stride, scale_stride, decoded_stride,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    client, first, size, begins_ptr, ends_ptr = place_message(
-        clients, begins_ptr, ends_ptr, spans, d, CHUNKS * CHUNK
-    )
+    client, first, size, begins_ptr, ends_ptr = place_message(clients, begins_ptr, ends_ptr, spans, d, CHUNKS * CHUNK)
     if first >= size:
         return
     values_ptr += client * values_stride
@@ -240,11 +238,12 @@ def bf16_kernel(
 @triton.jit
 def sums_tile(sums_ptr, rows_ptr, weights_ptr, cols, inside, clients, rows_stride, PER_CLIENT: tl.constexpr):
     sums = tl.load(sums_ptr + cols, inside)
+    row_ptr = rows_ptr + cols
     for client in range(clients):
         weight = tl.load(weights_ptr + client if PER_CLIENT else weights_ptr).to(sums.dtype)
         if weight != 0:
-            row = tl.load(rows_ptr + client.to(tl.int64) * rows_stride + cols, inside)
-            sums += weight * row.to(sums.dtype)
+            sums += weight * tl.load(row_ptr, inside).to(sums.dtype)
+        row_ptr += rows_stride  # an offset of all rows before would need 64 bits
     tl.store(sums_ptr + cols, sums, inside)
 
 
@@ -276,9 +275,7 @@ def tile_of(chunk: int) -> tuple[int, int]:
     return INT8_TILE // width, width
 
 
-@torch.library.custom_op(
-    "fedkernels::encode_int8_triton", mutates_args=("residual", "payload", "scale", "decoded")
-)
+@torch.library.custom_op("fedkernels::encode_int8_triton", mutates_args=("residual", "payload", "scale", "decoded"))
 def encode_int8_triton(
     values: Tensor,
     x: Tensor | None,

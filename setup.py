@@ -41,7 +41,7 @@ def kernels():
             "-fno-math-errno",
             "-fno-trapping-math",
             "-fvisibility=hidden",
-        ],  # fmt: skip
+        ],
         extra_link_args=["-fopenmp"],
         optional=True,
     )

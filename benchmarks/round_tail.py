@@ -78,7 +78,7 @@ def variants(p: Problem, job: str) -> list[Variant]:
             return p.payload, p.scale
 
         return with_compiled(
-            13 + 4 / C, int8, 81 + 4 / C, lambda y, x, e: unfused_int8(p, y, x, e), p.y, p.x, p.residual
+            13 + 4 / C, int8, 102 + 4 / C, lambda y, x, e: unfused_int8(p, y, x, e), p.y, p.x, p.residual
         )
     if job == "bf16":
 
@@ -86,7 +86,7 @@ def variants(p: Problem, job: str) -> list[Variant]:
             encode_bf16(p.y, x=p.x, residual=p.residual, payload=p.narrow)
             return p.narrow
 
-        return with_compiled(14 + 4 / C, bf16, 44 + 4 / C, unfused_bf16, p.y, p.x, p.residual)
+        return with_compiled(14 + 4 / C, bf16, 52 + 4 / C, unfused_bf16, p.y, p.x, p.residual)
     if job == "sum":
 
         def total() -> Tensor:
@@ -98,7 +98,7 @@ def variants(p: Problem, job: str) -> list[Variant]:
                 sums.add_(row * weight)
             return sums
 
-        return with_compiled(4 + 16 / C, total, 4 + 8 + 24, one_by_one, p.sums, p.y, p.weights)
+        return with_compiled(4 + 16 / C, total, 8 + 20, one_by_one, p.sums, p.y, p.weights)
 
     def clip() -> Tensor:
         norms = square_sums(p.y).sqrt()

@@ -1,7 +1,7 @@
 """The tail of a round: what clients send, packed in one pass, and the sum of it over clients in another.
 
-A message is int8 or bfloat16 of `(y − x) + e`, for any spans of a row; what packing lost becomes the new `e` in the same
-pass. With int8 and error feedback a parameter costs 17 bytes: 4 each for y, x, e and the new e, 1 for the payload.
+A message is int8 or bfloat16 of `(y − x) + e`, for any spans of a row; what packing lost becomes the new `e` in the
+same pass. With int8 and error feedback a parameter costs 17 bytes: 4 each for y, x, e and the new e, 1 for the payload.
 
 The random numbers of stochastic rounding are Philox4x32-10, a function of (key, client, wire, position in the message):
 the same bits on every backend, for any number of clients, threads or blocks of work. It is no cryptographic generator.

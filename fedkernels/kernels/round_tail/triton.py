@@ -119,8 +119,8 @@ def store_levels(v, u, scale, residual_ptr, decoded_ptr, payload_ptr, cols, p, i
 
 @triton.jit
 def int8_tile(
-    values_ptr, x_ptr, residual_ptr, decoded_ptr, payload_ptr, scale_ptr, key, client, wire, first, p, cols, inside, size,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
+    values_ptr, x_ptr, residual_ptr, decoded_ptr, payload_ptr, scale_ptr, key, client, wire, first, p, cols, inside,
+    size, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Whole chunks, a row each."""
     v = meant(values_ptr, x_ptr, residual_ptr, cols, inside)

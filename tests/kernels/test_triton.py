@@ -170,3 +170,13 @@ def test_offsets_into_strided_rows_are_64_bits_wide(op: str) -> None:
     else:
         assert len(to_row) == (4 if op == "bf16" else 5)
         assert {*to_row, *columns} == {"i64"}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("op", "store"), [("int8", "v4.b32"), ("bf16", "v4.b32"), ("accumulate", "v2.b64")])
+@pytest.mark.parametrize("one_client", [True, False])
+def test_accesses_of_whole_messages_are_16_bytes_wide(op: str, store: str, one_client: bool) -> None:
+    """Without spans, where rows start on such a boundary."""
+    ptx = compiled(op, 90, every_option=False, one_client=one_client).asm["ptx"]
+    for direction, width in (("ld", "v4.b32"), ("st", store)):
+        assert re.search(rf"{direction}\.global\S*\.{width}", ptx)

@@ -63,7 +63,6 @@ Tensor newton_schulz(const Tensor& u, at::ArrayRef<double> coefficients, double 
   const auto starts = offsets(u, "u");
   const int64_t rows = u.size(-2), cols = u.size(-1);
   Tensor o = at::empty(u.sizes(), u.options().memory_format(at::MemoryFormat::Contiguous));
-  if (o.numel() == 0) return o;
   for_dtype(u, "u", [&](auto element) {
     using T = decltype(element);
     const T* from = u.const_data_ptr<T>();
@@ -83,7 +82,6 @@ void muon_step(const Tensor& y, const Tensor& M, const Tensor& g, const Tensor& 
   const auto steps = in_steps(coefficients);
   const auto y_at = offsets(y, "y"), M_at = offsets(M, "M"), g_at = offsets(g, "g");
   const auto rates = scalars(lr, clients, 0, "lr"), actives = scalars(active, clients, 1, "active");
-  if (y.numel() == 0) return;
   std::vector<int64_t> moving;  // the matrices of active clients
   for (int64_t i = 0; i < clients * count; ++i)
     if (actives[i / count] != 0) moving.push_back(i);

@@ -71,6 +71,8 @@ def muon_step(
     require("G", G, y, tuple(y.shape[1:]), y.dtype)
     require("active", active, y, (len(y),), torch.bool)
     require_scalars("lr", lr, y, len(y))
+    if y.numel() == 0:
+        return
     chosen = choose("muon_step", RULES, y.device.type, y.dtype, tuple(y.shape), backend).backend
     arguments = (y, M, g, lr, momentum, weight_decay, scale, share, alpha, G, active, *schedule(method, steps))
     if chosen == "triton":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -54,6 +52,8 @@ def newton_schulz(
     References: Jordan et al., Muon, 2024 (https://kellerjordan.github.io/posts/muon/); Amsel et al., The Polar Express:
     Optimal matrix sign methods and their application to the Muon algorithm, 2025 (arXiv 2505.16932), Algorithm 1.
     """
+    if u.numel() == 0:
+        return torch.empty_like(u)
     chosen = choose("newton_schulz", RULES, u.device.type, u.dtype, tuple(u.shape), backend).backend
     return run(chosen, u, *schedule(method, steps))
 

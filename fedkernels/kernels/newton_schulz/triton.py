@@ -1,14 +1,13 @@
 """Newton–Schulz in Triton: products of float16 added up in float32, around iterates that stay float32.
 
 Short sides up to 128 run through all steps in one program a matrix, which keeps the products of the short side on chip.
-Larger ones take three launches a step for the whole batch; the two with symmetric results compute the tiles on and above
-the diagonal and write them twice. Tiles follow from the shape alone: nothing is tuned at run time.
+Larger ones take three launches a step for the whole batch; the two with symmetric results compute the tiles on and
+above the diagonal and write them twice. Tiles follow from the shape alone: nothing is tuned at run time.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +41,7 @@ class Tiles:
 
 
 TILES = {"medium": Tiles(64, 64, 4, 4), "large": Tiles(128, 64, 8, 3)}
-SMALL_TILE = 64  # columns that a program of a small matrix multiplies at a time
+ALIGNED = 16  # bytes of the widest access, and elements that sides and strides are divisible by
 
 
 def tiles_of(short_side: int) -> Tiles:
@@ -50,8 +49,9 @@ def tiles_of(short_side: int) -> Tiles:
     return TILES["medium" if short_side <= 512 else "large"]
 
 
-def small_options(side: int) -> dict[str, Any]:
-    return {"num_warps": 8 if side == 128 else 4, "num_stages": 2}
+def small_tiles(side: int) -> Tiles:
+    """Of a matrix that one program takes, whose columns it multiplies `depth` at a time."""
+    return Tiles(side, 32 if side == 128 else 64, 8 if side == 128 else 4, 2)
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def small_kernel(
     o_ptr += matrix * n * m
     i = tl.arange(0, SIDE)[:, None].to(tl.int64)
     cols = tl.arange(0, COLS)[None, :].to(tl.int64)
-    largest = 1.1754944e-38
+    largest = tl.full((), 1.1754944e-38, tl.float32)
     for start in range(0, m, COLS):
         j = start + cols
         u = tl.load(u_ptr + i * short_stride + j * long_stride, (i < n) & (j < m), 0.0)
@@ -173,16 +173,30 @@ def _on_device(coefficients: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(coefficients, dtype=torch.float32, device=device)
 
 
+def _aligned(u: Tensor) -> Tensor:
+    """Matrices with sides divisible by 16 that start on such boundaries: where `u` is not so, a copy with zeros.
+
+    Every access is then 16 bytes wide, and one compiled kernel fits all shapes. Rows and columns of zeros stay zero.
+    """
+    *lead, rows, cols = u.shape
+    more_rows, more_cols = -rows % ALIGNED, -cols % ALIGNED
+    if u.data_ptr() % ALIGNED == more_rows == more_cols == 0 and all(s % ALIGNED == 0 for s in u.stride()[:-1]):
+        return u
+    copy = u.new_zeros(*lead, rows + more_rows, cols + more_cols)
+    copy[..., :rows, :cols] = u
+    return copy
+
+
 def _small(u: Tensor, coefficients: Sequence[float], margin: float) -> Tensor:
     rows, cols = u.shape[-2:]
     batch = u if u.dim() == 4 else u.reshape(1, -1, rows, cols)
     o = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     n, m = min(rows, cols), max(rows, cols)
     short_stride, long_stride = (cols, 1) if rows <= cols else (1, cols)
-    side = max(16, triton.next_power_of_2(n))
+    tiles = small_tiles(triton.next_power_of_2(n))
     small_kernel[(batch.shape[0] * batch.shape[1],)](
         batch, o, _on_device(tuple(coefficients), u.device), batch.shape[1], batch.stride(0), batch.stride(1), n, m,
-        short_stride, long_stride, len(coefficients) // 3, margin, side, SMALL_TILE, **small_options(side),
+        short_stride, long_stride, len(coefficients) // 3, margin, tiles.side, tiles.depth, **tiles.options,
     )  # fmt: skip
     return o
 
@@ -196,23 +210,23 @@ def _tiled(u: Tensor, coefficients: Sequence[float], margin: float) -> Tensor:
     next_h = torch.empty_like(h)
     r, p = (torch.empty(count, n, n, dtype=torch.float16, device=u.device) for _ in range(2))
     tiles = tiles_of(n)
-    down, across = math.ceil(n / tiles.side), math.ceil(m / tiles.side)
+    down, across = triton.cdiv(n, tiles.side), triton.cdiv(m, tiles.side)
     triangle, whole = (count * down * (down + 1) // 2,), (count * down * across,)
     for a, b, c in zip(*[iter(coefficients)] * 3, strict=True):
         symmetric_kernel[triangle](h, r, n, m, 1 / OPERAND_SCALE, 0.0, False, tiles.side, tiles.depth, **tiles.options)
         symmetric_kernel[triangle](r, p, n, n, c / OPERAND_SCALE, b, True, tiles.side, tiles.depth, **tiles.options)
         update_kernel[whole](x, p, h, next_h, n, m, a, tiles.side, tiles.depth, **tiles.options)
         h, next_h = next_h, h
-    return (x.mT if tall else x).contiguous()
+    return x.mT if tall else x
 
 
 @torch.library.custom_op("fedkernels::newton_schulz_triton", mutates_args=())
 def newton_schulz_triton(u: Tensor, coefficients: Sequence[float], margin: float) -> Tensor:
-    if u.numel() == 0:
-        return torch.empty(u.shape, dtype=u.dtype, device=u.device)
     rows, cols = u.shape[-2:]
-    small = min(rows, cols) <= SMALL and max(rows, cols) <= SMALL_COLS
-    return _small(u, coefficients, margin) if small else _tiled(u, coefficients, margin)
+    whole = _aligned(u)
+    small = min(whole.shape[-2:]) <= SMALL and max(rows, cols) <= SMALL_COLS
+    o = (_small if small else _tiled)(whole, coefficients, margin)
+    return o[..., :rows, :cols].contiguous()
 
 
 @newton_schulz_triton.register_fake

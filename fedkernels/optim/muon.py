@@ -9,9 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..contract import Move
 from ..kernels.newton_schulz import Orthogonalization, newton_schulz
 from ..layout import Layout, Route
 from .adamw import AdamW
+from .steps import active_rows, step_along
 
 
 def require_matrices(layout: Layout, optimizer: str = "Muon") -> Layout:
@@ -68,15 +70,14 @@ class Muon:
         require_matrices(layout)
         return {"M": torch.zeros_like(layout.matrices(y)), **self._adamw().init(layout.vectors(y), layout)}
 
-    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout) -> Tensor:
-        g_matrices, y_matrices = layout.matrices(g), layout.matrices(y)
-        momentum = state["M"].lerp_(g_matrices, 1 - self.momentum)
-        u = torch.lerp(g_matrices, momentum, self.momentum)
-        p = torch.empty_like(u)
+    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
         for slab in layout.slabs:
-            run = slice(slab.matrix_start, slab.matrix_stop)
-            batch = u[:, run].unflatten(1, (slab.count, slab.rows, slab.cols))
-            o = newton_schulz(batch, self.ns_steps, self.orthogonalization)
-            p[:, run] = o.mul_(slab.scale * self.lr_multiplier).flatten(1)
-        p.add_(y_matrices, alpha=self.weight_decay)
-        return layout.merge(p, self._adamw().step(state, layout.vectors(g), layout.vectors(y), k, layout))
+            at = slice(slab.start, slab.stop)
+            momentum, gradient = state["M"][:, slab.matrix_start : slab.matrix_stop], g[:, at]
+            with active_rows(move.active, [momentum]):
+                momentum.lerp_(gradient, 1 - self.momentum)
+                u = torch.lerp(gradient, momentum, self.momentum).unflatten(1, (slab.count, slab.rows, slab.cols))
+            o = newton_schulz(u, self.ns_steps, self.orthogonalization).flatten(1)
+            factor = slab.scale * self.lr_multiplier
+            step_along(o, y[:, at], move.on(at), weight_decay=self.weight_decay, factor=factor)
+        self._adamw().step_runs(state, g, y, layout.vector_runs, move)

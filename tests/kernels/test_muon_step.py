@@ -13,8 +13,9 @@ from torch import Tensor
 from fedkernels.kernels.muon_step import muon_step
 from fedkernels.kernels.newton_schulz.reference import schedule
 
-# Of the length of the orthogonal part of a step.
-BOUNDS = {"reference": 2e-5, "cpp": 2e-5, "triton": 1e-2}
+# Of the length of the orthogonal part of a step. The fewer the singular values, the less do the errors of one that the
+# polynomial happens to be steep at drown in the others.
+BOUNDS = {"reference": 2e-5, "cpp": 2e-5, "triton": 2e-2}
 SHAPES = [(1, 1), (3, 7), (20, 9), (16, 32), (33, 40)]
 LR, MOMENTUM = 0.03, 0.9
 

@@ -10,7 +10,8 @@ from .reference import POLAR_EXPRESS, QUINTIC, Orthogonalization, newton_schulz_
 
 __all__ = ["POLAR_EXPRESS", "QUINTIC", "RULES", "Orthogonalization", "is_row_major", "newton_schulz", "run"]
 
-# Of matrices, the limits are those of rows: the device and the dtype. A shape is anything; kernels choose by it.
+# The limits are those of rows, the device and the dtype; within a backend the shape decides how it computes. A further
+# backend for some shapes is one more rule here, which returns why it does not take the others, and a line in `run`.
 RULES: dict[Backend, Rule] = {"triton": triton_on_rows, "cpp": cpp_on_rows}
 
 if MISSING["cpp"] is None:

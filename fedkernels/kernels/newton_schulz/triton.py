@@ -129,7 +129,7 @@ def symmetric_kernel(
     j = (col * SIDE + tl.arange(0, SIDE)).to(tl.int64)
     product = tl.zeros((SIDE, SIDE), tl.float32)
     for start in range(0, depth, DEPTH):
-        k = start + tl.arange(0, DEPTH)
+        k = (start + tl.arange(0, DEPTH)).to(tl.int64)
         left = tl.load(a_ptr + i[:, None] * depth + k[None, :], (i[:, None] < n) & (k[None, :] < depth), 0.0)
         right = tl.load(a_ptr + j[:, None] * depth + k[None, :], (j[:, None] < n) & (k[None, :] < depth), 0.0)
         product = tl.dot(left, tl.trans(right), product)

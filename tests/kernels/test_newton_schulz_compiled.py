@@ -125,5 +125,5 @@ def test_offsets_are_64_bits_wide(name: str) -> None:
     ir = compiled(KERNELS[name], 90).asm["ttir"]
     assert set(re.findall(r"tt\.addptr .* tensor<[0-9x]+x(i\d+)>", ir)) == {"i64"}
     to_matrices = re.findall(r"tt\.addptr %(\w+), .* : !tt\.ptr<\w+>, (i\d+)", ir)
-    narrow = {pointer for pointer, width in to_matrices if width != "i64"}
-    assert narrow <= {"coefficients_ptr", "coefficients_ptr_0", "lr_ptr", "active_ptr"}, narrow
+    narrow = {re.sub(r"_\d+$", "", pointer) for pointer, width in to_matrices if width != "i64"}
+    assert narrow <= {"coefficients_ptr", "a", "lr_ptr", "active_ptr"}, narrow  # a follows the first of them

@@ -136,6 +136,10 @@ def test_refusals(backend: str) -> None:
         muon_step(y.flatten(1), M, g, **rest)
     with pytest.raises(ValueError, match=r"M has matrices of strides \[1, 4\], expected \[6, 1\]"):
         muon_step(y, M.mT.contiguous().mT, g, **rest)
+    with pytest.raises(
+        ValueError, match=r"M has matrices that overlap: strides \[0, 24, 6, 1\] of shape \[2, 1, 4, 6\]"
+    ):
+        muon_step(y, torch.zeros(1, 1, 4, 6, device=DEVICE).expand(2, 1, 4, 6), g, **rest)
     with pytest.raises(ValueError, match=r"g is float64 \[2, 1, 4, 6\], expected float32 \[2, 1, 4, 6\]"):
         muon_step(y, M, g.double(), **rest)
     with pytest.raises(ValueError, match=r"G has shape \[4, 6\], expected \[1, 4, 6\]"):

@@ -54,7 +54,8 @@ def muon_step(
         backend: `reference`, `cpp` or `triton`; by default the fastest that can run.
 
     Raises:
-        ValueError: a tensor is on another device, of another shape or dtype than above, or its matrices have gaps.
+        ValueError: a tensor is on another device, of another shape or dtype than above, has matrices with gaps, or is
+            written to and has some that overlap.
         BackendError: the backend asked for cannot run here.
 
     Example:
@@ -65,8 +66,8 @@ def muon_step(
     """
     if y.dim() != 4:
         raise ValueError(f"y has shape {list(y.shape)}, expected [C, count, rows, cols]")
-    _require_matrices("y", y, y)
-    _require_matrices("M", M, y)
+    _require_matrices("y", y, y, written=True)
+    _require_matrices("M", M, y, written=True)
     _require_matrices("g", g, y)
     require("G", G, y, tuple(y.shape[1:]), y.dtype)
     require("active", active, y, (len(y),), torch.bool)
@@ -85,7 +86,7 @@ def muon_step(
         muon_step_reference(*arguments)
 
 
-def _require_matrices(name: str, tensor: Tensor, y: Tensor) -> None:
+def _require_matrices(name: str, tensor: Tensor, y: Tensor, *, written: bool = False) -> None:
     """Check that what holds one matrix after the other fits `y`, and that each is row-major without gaps."""
     if tensor.device != y.device:
         raise ValueError(f"{name} is on {tensor.device}, expected {y.device}")
@@ -94,3 +95,6 @@ def _require_matrices(name: str, tensor: Tensor, y: Tensor) -> None:
         raise ValueError(f"{name} is {found}, expected {expected}")
     if not is_row_major(tensor):
         raise ValueError(f"{name} has matrices of strides {list(tensor.stride()[-2:])}, expected {[y.shape[-1], 1]}")
+    outer = list(zip(y.shape[:2], tensor.stride()[:2], strict=True))
+    if written and any(count > 1 and stride < y.shape[2] * y.shape[3] for count, stride in outer):
+        raise ValueError(f"{name} has matrices that overlap: strides {list(tensor.stride())} of shape {list(y.shape)}")

@@ -15,6 +15,7 @@ from ..contract import Algorithm, Batch, Round, Vectors
 from ..data.partition import Partition
 from ..formats import format_epsilon
 from ..kernels.dispatch import Kernels
+from ..kernels.rows import empty_rows
 from ..layout import Role
 from ..privacy.accountant import Accountant
 from ..privacy.mechanism import GaussianMechanism, check
@@ -338,7 +339,7 @@ class Engine:
         assert self._evaluator is not None
         ids = [cohort[p] for p in positions]
         if len(self._gradients) != len(ids):
-            self._gradients = self.server.x.new_empty(len(ids), self.layout.d)
+            self._gradients = empty_rows(self.server.x, len(ids), self.layout.d)
         mine = [blocks[p] for p in positions]
         task = LocalTask(
             self.layout,

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..contract import Move
 from ..kernels.muon_step import muon_step
 from ..kernels.newton_schulz import Orthogonalization
+from ..kernels.rows import zero_rows
 from ..layout import Layout, Route
 from .adamw import AdamW
 
@@ -68,7 +69,7 @@ class Muon:
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
         require_matrices(layout)
-        return {"M": torch.zeros_like(layout.matrices(y)), **self._adamw().init(layout.vectors(y), layout)}
+        return {"M": zero_rows(layout.matrices(y)), **self._adamw().init(layout.vectors(y), layout)}
 
     def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
         for slab in layout.slabs:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from ..contract import Move
-from ..kernels.newton_schulz import Orthogonalization, newton_schulz
+from ..kernels.muon_step import muon_step
+from ..kernels.newton_schulz import Orthogonalization
 from ..kernels.rows import zero_rows
 from ..layout import Layout, Route
 from .adamw import AdamW
-from .steps import active_rows, step_along
 
 
 def require_matrices(layout: Layout, optimizer: str = "Muon") -> Layout:
@@ -73,12 +72,20 @@ class Muon:
 
     def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
         for slab in layout.slabs:
-            at = slice(slab.start, slab.stop)
-            momentum, gradient = state["M"][:, slab.matrix_start : slab.matrix_stop], g[:, at]
-            with active_rows(move.active, [momentum]):
-                momentum.lerp_(gradient, 1 - self.momentum)
-                u = torch.lerp(gradient, momentum, self.momentum).unflatten(1, (slab.count, slab.rows, slab.cols))
-            o = newton_schulz(u, self.ns_steps, self.orthogonalization).flatten(1)
-            factor = slab.scale * self.lr_multiplier
-            step_along(o, y[:, at], move.on(at), weight_decay=self.weight_decay, factor=factor)
+            M = state["M"][:, slab.matrix_start : slab.matrix_stop].unflatten(1, (slab.count, slab.rows, slab.cols))
+            muon_step(
+                slab.view(y),
+                M,
+                slab.view(g),
+                lr=move.lr,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+                scale=slab.scale * self.lr_multiplier,
+                share=move.share,
+                alpha=move.alpha,
+                G=None if move.G is None else slab.view(move.G),
+                active=move.active,
+                steps=self.ns_steps,
+                method=self.orthogonalization,
+            )
         self._adamw().step_runs(state, g, y, layout.vector_runs, move)

@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #define DEVICE __device__ __forceinline__
+#define HOST_DEVICE __host__ __device__ __forceinline__
 #define KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define GRID_CONSTANT const __grid_constant__
 
@@ -21,7 +22,12 @@ struct alignas(16) Float4 {
   float x, y, z, w;
 };
 
-DEVICE int thread_index() { return threadIdx.x; }
+// Volatile, so that the compiler keeps nothing that follows from it longer than the caller does.
+DEVICE int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 DEVICE int block_index() { return blockIdx.x; }
 
 DEVICE char* shared_memory() {

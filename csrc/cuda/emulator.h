@@ -19,6 +19,7 @@
 #include <vector>
 
 #define DEVICE inline
+#define HOST_DEVICE inline
 #define KERNEL(threads) void
 #define GRID_CONSTANT const
 

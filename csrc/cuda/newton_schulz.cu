@@ -19,11 +19,11 @@ namespace fedkernels {
 namespace {
 
 constexpr int kWarps = 12, kThreads = 32 * kWarps;
-constexpr int kSide = 32;                            // of a block of tiles
+constexpr int kTileSide = 16, kSide = 32;            // of a tile, of a block of tiles
 constexpr int kTileBytes = 512, kBlockBytes = 2048;  // 16×16 and 32×32 halves
 constexpr int kSymmetric = 3;                        // blocks of a symmetric product in a warp's registers: 36 of 256²
 constexpr int kPanel = 2;                            // blocks of the next X in a warp's registers, as fp16
-constexpr int kScratchBytes = 128;                   // one float of each warp
+constexpr int kWorkBytes = 256;                      // of Work
 constexpr int kMaxCluster = 8;                       // what every GPU with clusters allows
 constexpr int kBlockFloats = 1024;                   // of a block of tiles in the workspace
 constexpr int kSpareFloats = 32;                     // after the shares of a matrix: the largest entries
@@ -43,13 +43,38 @@ struct Arguments {
   float margin;
 };
 
-DEVICE int sides(int64_t length) { return static_cast<int>((length + kSide - 1) / kSide); }
+HOST_DEVICE int64_t symmetric_blocks(int64_t side) { return side * (side + 1) / 2; }
 
-DEVICE int lane() { return thread_index() % 32; }
-DEVICE int warp() { return thread_index() / 32; }
+// Two sets of each part's share of G, and the largest entry that each found.
+HOST_DEVICE int64_t workspace_floats(int64_t side, int64_t parts) {
+  return 2 * parts * symmetric_blocks(side) * kBlockFloats + kSpareFloats;
+}
 
-// Float32 accumulators of a warp's block: [tile row][tile column][half of the tile's columns][element].
-using Block = float[2][2][2][4];
+HOST_DEVICE int sides(int64_t length) { return static_cast<int>((length + kSide - 1) / kSide); }
+
+// Read anew by each phase: what follows from it would otherwise be kept in registers that the next phase needs.
+struct Thread {
+  int lane, warp;
+
+  DEVICE Thread() {
+    const int index = thread_index();
+    lane = index % 32;
+    warp = index / 32;
+  }
+
+  // The pairs of neighbours that a thread holds of a block: elements 2r and 2r + 1 of [i][j][h].
+  DEVICE int row(int i, int r) const { return i * 16 + r * 8 + lane / 4; }
+  DEVICE int column(int j, int h) const { return j * 16 + h * 8 + lane % 4 * 2; }
+
+  // Where a pair lies in its tile: in core (r, h), at the place that ldmatrix gives to this lane.
+  DEVICE uint32_t* pair_in(char* tile, int h, int r) const {
+    return reinterpret_cast<uint32_t*>(tile + (h * 2 + r) * (kTileBytes / 4) + lane * 4);
+  }
+};
+
+// What a thread holds in float32 of a warp's tile, [half of its columns][element], and of a block of tiles.
+using Tile = float[2][4];
+using Block = Tile[2][2];
 
 template <int N>
 DEVICE void clear(Block (&blocks)[N]) {
@@ -57,8 +82,7 @@ DEVICE void clear(Block (&blocks)[N]) {
   for (int i = 0; i < N * 32; ++i) blocks[i / 32][i / 16 % 2][i / 8 % 2][i / 4 % 2][i % 4] = 0;
 }
 
-// Call `f(i, j, h, r)` for the pairs of neighbours that this thread holds of a block: elements 2r and 2r + 1 of [i][j][h]
-// are in row `pair_row` and from column `pair_column` on.
+// Call `f(i, j, h, r)` for the pairs of a thread.
 template <class F>
 DEVICE void for_each_pair(const F& f) {
 #pragma unroll
@@ -70,17 +94,9 @@ DEVICE void for_each_pair(const F& f) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) f(i, j, h, r);
 }
-DEVICE int pair_row(int i, int r) { return i * 16 + r * 8 + lane() / 4; }
-DEVICE int pair_column(int j, int h) { return j * 16 + h * 8 + lane() % 4 * 2; }
 
-// Where a pair lies in its tile: in core (r, h), at the place that ldmatrix gives to this lane.
-DEVICE uint32_t* pair_in(char* tile, int h, int r) {
-  return reinterpret_cast<uint32_t*>(tile + (h * 2 + r) * (kTileBytes / 4) + lane() * 4);
-}
-
-// A symmetric matrix of `side` × `side` blocks, those on and above the diagonal row after row.
+// A symmetric matrix of `side` × `side` blocks in shared memory, those on and above the diagonal row after row.
 struct Symmetric {
-  char* data;
   int side;
 
   DEVICE int blocks() const { return side * (side + 1) / 2; }
@@ -89,72 +105,105 @@ struct Symmetric {
     for (i = 0; block >= side - i; ++i) block -= side - i;
     j = i + block;
   }
-  DEVICE char* tile(int block, int i, int j) const { return data + block * kBlockBytes + (i * 2 + j) * kTileBytes; }
+  DEVICE char* tile(int block, int i, int j) const {
+    return shared_memory() + kWorkBytes + block * kBlockBytes + (i * 2 + j) * kTileBytes;
+  }
 
   // The fragment of tile (i, k), whose rows are either those of a left operand or the columns of a right one.
-  DEVICE void load(uint32_t (&r)[4], int i, int k) const {
+  DEVICE void load(uint32_t (&r)[4], const Thread& me, int i, int k) const {
     if (i / 2 <= k / 2) {
-      ldmatrix(r, tile(at(i / 2, k / 2), i % 2, k % 2) + lane() * 16);
+      ldmatrix(r, tile(at(i / 2, k / 2), i % 2, k % 2) + me.lane * 16);
     } else {  // cores change places, and each is transposed
-      const int swapped = (lane() & 7) | (lane() & 8) << 1 | (lane() & 16) >> 1;
+      const int swapped = (me.lane & 7) | (me.lane & 8) << 1 | (me.lane & 16) >> 1;
       ldmatrix_transposed(r, tile(at(k / 2, i / 2), k % 2, i % 2) + swapped * 16);
     }
   }
 };
 
-// The columns of X that are on chip, tile after tile down each 16 of them.
+// Behind it the columns of X that are on chip, tile after tile down each 16 of them.
 struct Slab {
-  char* data;
-  int side;
+  Symmetric before;
 
-  DEVICE char* tile(int i, int column) const { return data + (column * side * 2 + i) * kTileBytes; }
+  DEVICE char* tile(int i, int column) const {
+    return before.tile(before.blocks(), 0, 0) + (column * before.side * 2 + i) * kTileBytes;
+  }
 };
 
-// X in float32, from the block's first column on.
-template <class T>
+// A slab in global memory, in float32.
 struct Matrix {
-  T* data;
+  float* data;
   int64_t short_stride, long_stride;
   int rows, columns;
   bool pairs;  // neighbours of the long side may be read together
 
-  DEVICE Matrix(T* first, int64_t short_step, int64_t long_step, int n, int m)
-      : data(first), short_stride(short_step), long_stride(long_step), rows(n), columns(m) {
-    pairs = long_step == 1 && short_step % 2 == 0 && reinterpret_cast<uintptr_t>(first) % 8 == 0;
+  DEVICE void place(float* first, int64_t short_step, int64_t long_step, int n, int m) {
+    *this = {first, short_step, long_step, n, m,
+             long_step == 1 && short_step % 2 == 0 && reinterpret_cast<uintptr_t>(first) % 8 == 0};
   }
 
-  DEVICE void load(int row, int column, float& left, float& right) const {
-    left = right = 0;
-    if (row >= rows || column >= columns) return;
-    const T* at = data + row * short_stride + column * long_stride;
-    if (pairs && column + 1 < columns) {
-      const Float2 both = *reinterpret_cast<const Float2*>(at);
-      left = both.x;
-      right = both.y;
+  DEVICE bool has_pairs(int row, int column) const {
+    return pairs && row + kTileSide <= rows && column + kTileSide <= columns;
+  }
+
+  // The tile from an element on; zeros beyond the end.
+  DEVICE void load(const Thread& me, int row, int column, Tile& tile) const {
+    const float* corner = data + (row + me.row(0, 0)) * short_stride + (column + me.column(0, 0)) * long_stride;
+    if (has_pairs(row, column)) {
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        const float* at = corner + pair % 2 * 8 * short_stride + pair / 2 * 8;
+        const Float2 both = *reinterpret_cast<const Float2*>(at);
+        tile[pair / 2][pair % 2 * 2] = both.x;
+        tile[pair / 2][pair % 2 * 2 + 1] = both.y;
+      }
     } else {
-      left = at[0];
-      if (column + 1 < columns) right = at[long_stride];
+#pragma unroll
+      for (int element = 0; element < 8; ++element) {
+        const int h = element / 4, r = element / 2 % 2, e = element % 2;
+        const bool inside = row + me.row(0, r) < rows && column + me.column(0, h) + e < columns;
+        tile[h][2 * r + e] = inside ? corner[r * 8 * short_stride + (h * 8 + e) * long_stride] : 0;
+      }
     }
   }
 
-  DEVICE void store(int row, int column, float left, float right) const {
-    if (row >= rows || column >= columns) return;
-    T* at = data + row * short_stride + column * long_stride;
-    if (pairs && column + 1 < columns) {
-      *reinterpret_cast<Float2*>(at) = {left, right};
+  DEVICE void store(const Thread& me, int row, int column, const Tile& tile) const {
+    float* corner = data + (row + me.row(0, 0)) * short_stride + (column + me.column(0, 0)) * long_stride;
+    if (has_pairs(row, column)) {
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        float* at = corner + pair % 2 * 8 * short_stride + pair / 2 * 8;
+        *reinterpret_cast<Float2*>(at) = {tile[pair / 2][pair % 2 * 2], tile[pair / 2][pair % 2 * 2 + 1]};
+      }
     } else {
-      at[0] = left;
-      if (column + 1 < columns) at[long_stride] = right;
+#pragma unroll
+      for (int element = 0; element < 8; ++element) {
+        const int h = element / 4, r = element / 2 % 2, e = element % 2;
+        const bool inside = row + me.row(0, r) < rows && column + me.column(0, h) + e < columns;
+        if (inside) corner[r * 8 * short_stride + (h * 8 + e) * long_stride] = tile[h][2 * r + e];
+      }
     }
   }
 };
 
+// What a block works on. It lies in shared memory, since the products need the registers.
+struct Work {
+  Matrix in, out;
+  float* workspace;  // of the cluster, or null where the block has a matrix of its own
+  int part, parts, width;
+  bool resident;
+  float scratch[kWarps];
+};
+
+static_assert(sizeof(Work) <= kWorkBytes, "the operands begin there");
+
+DEVICE Work& work() { return *reinterpret_cast<Work*>(shared_memory()); }
+
 // Call `f(slot, block, i, j)` for the blocks (i, j) of a symmetric matrix that are this warp's.
 template <class F>
-DEVICE void for_own_blocks(const Symmetric& matrix, const F& f) {
+DEVICE void for_own_blocks(const Thread& me, const Symmetric& matrix, const F& f) {
 #pragma unroll
   for (int slot = 0; slot < kSymmetric; ++slot) {
-    const int block = slot * kWarps + warp();
+    const int block = slot * kWarps + me.warp;
     if (block < matrix.blocks()) {
       int i, j;
       matrix.find(block, i, j);
@@ -178,13 +227,14 @@ DEVICE void multiply(Block& product, const uint32_t (&a)[2][4], const uint32_t (
 
 // G += X Xᵀ over some blocks of columns.
 DEVICE void add_gram(Block (&gram)[kSymmetric], const Symmetric& shape, const Slab& x, int blocks) {
-  for_own_blocks(shape, [&](int slot, int, int i, int j) {
+  const Thread me;
+  for_own_blocks(me, shape, [&](int slot, int, int i, int j) {
     for (int k = 0; k < 2 * blocks; ++k) {
       uint32_t a[2][4], b[2][4];
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        ldmatrix(a[tile], x.tile(2 * i + tile, k) + lane() * 16);
-        ldmatrix(b[tile], x.tile(2 * j + tile, k) + lane() * 16);
+        ldmatrix(a[tile], x.tile(2 * i + tile, k) + me.lane * 16);
+        ldmatrix(b[tile], x.tile(2 * j + tile, k) + me.lane * 16);
       }
       multiply<true>(gram[slot], a, b);
     }
@@ -193,30 +243,58 @@ DEVICE void add_gram(Block (&gram)[kSymmetric], const Symmetric& shape, const Sl
 
 // S = G².
 DEVICE void square(Block (&product)[kSymmetric], const Symmetric& g) {
+  const Thread me;
   clear(product);
-  for_own_blocks(g, [&](int slot, int, int i, int j) {
+  for_own_blocks(me, g, [&](int slot, int, int i, int j) {
     for (int k = 0; k < 2 * g.side; ++k) {
       uint32_t a[2][4], b[2][4];
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        g.load(a[tile], 2 * i + tile, k);
-        g.load(b[tile], 2 * j + tile, k);
+        g.load(a[tile], me, 2 * i + tile, k);
+        g.load(b[tile], me, 2 * j + tile, k);
       }
       multiply<true>(product[slot], a, b);
     }
   });
 }
 
+// The fp16 of `factor² G`.
+DEVICE void store_gram(const Block (&gram)[kSymmetric], const Symmetric& g, float factor) {
+  const Thread me;
+  for_own_blocks(me, g, [&](int slot, int block, int, int) {
+    for_each_pair([&](int i, int j, int h, int r) {
+      const float(&value)[4] = gram[slot][i][j][h];
+      *me.pair_in(g.tile(block, i, j), h, r) =
+          pack_halves(value[2 * r] * factor * factor, value[2 * r + 1] * factor * factor);
+    });
+  });
+}
+
+// P = bG + cS over G.
+DEVICE void combine(const Block (&squared)[kSymmetric], const Symmetric& g, float b, float c) {
+  const Thread me;
+  for_own_blocks(me, g, [&](int slot, int block, int, int) {
+    for_each_pair([&](int i, int j, int h, int r) {
+      const float(&s)[4] = squared[slot][i][j][h];
+      uint32_t* at = me.pair_in(g.tile(block, i, j), h, r);
+      float pair[2];
+      unpack_halves(*at, pair[0], pair[1]);
+      *at = pack_halves(b * pair[0] + c * s[2 * r], b * pair[1] + c * s[2 * r + 1]);
+    });
+  });
+}
+
 // Sum, or maximum, of a value of every thread, in an order of its own.
 template <bool kMaximum>
-DEVICE float reduce(float value, float* scratch) {
+DEVICE float reduce(float value) {
+  const Thread me;
   const auto combine = [](float a, float b) { return kMaximum ? (a > b ? a : b) : a + b; };
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) value = combine(value, shuffle_xor(value, mask));
-  if (lane() == 0) scratch[warp()] = value;
+  if (me.lane == 0) work().scratch[me.warp] = value;
   sync_block();
-  value = scratch[0];
-  for (int i = 1; i < kWarps; ++i) value = combine(value, scratch[i]);
+  value = work().scratch[0];
+  for (int i = 1; i < kWarps; ++i) value = combine(value, work().scratch[i]);
   sync_block();
   return value;
 }
@@ -228,74 +306,85 @@ DEVICE float scale_of(float most) {
 }
 
 // Fill the slab with fp16 of `scale · X`, from some column on.
-template <class T>
-DEVICE void load_slab(const Slab& slab, const Matrix<T>& x, int first, int blocks, float scale) {
-  for (int block = warp(); block < slab.side * blocks; block += kWarps) {
-    const int row = block % slab.side, column = block / slab.side;
-    for_each_pair([&](int i, int j, int h, int r) {
-      float left, right;
-      x.load(row * kSide + pair_row(i, r), first + column * kSide + pair_column(j, h), left, right);
-      *pair_in(slab.tile(2 * row + i, 2 * column + j), h, r) = pack_halves(scale * left, scale * right);
-    });
+DEVICE void load_slab(const Slab& slab, const Matrix& x, int first, int blocks, float scale) {
+  const Thread me;
+  const int rows = 2 * slab.before.side;
+#pragma unroll 2
+  for (int tile = me.warp; tile < rows * 2 * blocks; tile += kWarps) {
+    const int row = tile % rows, column = tile / rows;
+    Tile values;
+    x.load(me, row * kTileSide, first + column * kTileSide, values);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const float *left = &values[pair / 2][pair % 2 * 2], *right = left + 1;
+      *me.pair_in(slab.tile(row, column), pair / 2, pair % 2) = pack_halves(scale * *left, scale * *right);
+    }
   }
 }
 
 // `out = factor (a · scale · from + P X)` over some blocks of columns. `keep` writes its fp16 over X in the slab.
-template <class T>
-DEVICE void update(const Symmetric& p, const Slab& slab, const Matrix<T>& from, const Matrix<float>& out, int first,
-                   int blocks, float a, float scale, float factor, bool keep) {
+DEVICE void update(const Symmetric& p, const Slab& slab, const Matrix& from, const Matrix& out, int first, int blocks,
+                   float a, float scale, float factor, bool keep) {
+  const Thread me;
   const int panel = kPanel * kWarps / p.side;
   for (int start = 0; start < blocks; start += panel) {
     uint32_t halves[kPanel][2][2][2][2];
     const auto for_own = [&](const auto& f) {
 #pragma unroll
       for (int slot = 0; slot < kPanel; ++slot) {
-        const int item = slot * kWarps + warp(), row = item % p.side, column = start + item / p.side;
+        const int item = slot * kWarps + me.warp, row = item % p.side, column = start + item / p.side;
         if (item < panel * p.side && column < blocks) f(slot, row, column);
       }
     };
     for_own([&](int slot, int row, int column) {
-      Block x[1], product[1];
-      for_each_pair([&](int i, int j, int h, int r) {  // on their way while products run
-        from.load(row * kSide + pair_row(i, r), first + column * kSide + pair_column(j, h), x[0][i][j][h][2 * r],
-                  x[0][i][j][h][2 * r + 1]);
-      });
+      Block x, product[1];
+#pragma unroll
+      for (int tile = 0; tile < 4; ++tile)  // on their way while products run
+        from.load(me, row * kSide + tile / 2 * kTileSide, first + column * kSide + tile % 2 * kTileSide,
+                  x[tile / 2][tile % 2]);
       clear(product);
       for (int k = 0; k < 2 * p.side; ++k) {
         uint32_t left[2][4], right[2][4];
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) {
-          p.load(left[tile], 2 * row + tile, k);
-          ldmatrix_transposed(right[tile], slab.tile(k, 2 * column + tile) + lane() * 16);
+          p.load(left[tile], me, 2 * row + tile, k);
+          ldmatrix_transposed(right[tile], slab.tile(k, 2 * column + tile) + me.lane * 16);
         }
         multiply<false>(product[0], left, right);
       }
       for_each_pair([&](int i, int j, int h, int r) {
-        float next[2];
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-          next[e] = factor * (a * (scale * x[0][i][j][h][2 * r + e]) + product[0][i][j][h][2 * r + e]);
-        out.store(row * kSide + pair_row(i, r), first + column * kSide + pair_column(j, h), next[0], next[1]);
-        halves[slot][i][j][h][r] = pack_halves(next[0], next[1]);
+        for (int e = 0; e < 2; ++e) {
+          float& value = x[i][j][h][2 * r + e];
+          value = factor * (a * (scale * value) + product[0][i][j][h][2 * r + e]);
+        }
+        halves[slot][i][j][h][r] = pack_halves(x[i][j][h][2 * r], x[i][j][h][2 * r + 1]);
       });
+#pragma unroll
+      for (int tile = 0; tile < 4; ++tile)
+        out.store(me, row * kSide + tile / 2 * kTileSide, first + column * kSide + tile % 2 * kTileSide,
+                  x[tile / 2][tile % 2]);
     });
     if (!keep) continue;
     sync_block();  // all have read these columns
     for_own([&](int slot, int row, int column) {
       for_each_pair([&](int i, int j, int h, int r) {
-        *pair_in(slab.tile(2 * row + i, 2 * column + j), h, r) = halves[slot][i][j][h][r];
+        *me.pair_in(slab.tile(2 * row + i, 2 * column + j), h, r) = halves[slot][i][j][h][r];
       });
     });
   }
 }
 
-// The shares of G of a cluster's blocks, added in the order of blocks by each of them.
-DEVICE void add_shares(Block (&gram)[kSymmetric], const Symmetric& shape, float* workspace, int part, int parts) {
-  auto* shares = reinterpret_cast<Float4*>(workspace);
+// The shares of G of a cluster's blocks, added in the order of blocks by each of them. There are two sets of shares to
+// take turns: when a block writes one, nobody reads it any more.
+DEVICE void add_shares(Block (&gram)[kSymmetric], const Symmetric& shape, int set) {
+  const Thread me;
+  const int part = work().part, parts = work().parts;
+  auto* shares = reinterpret_cast<Float4*>(work().workspace);
   const auto at = [&](int share, int block, int quad) {
-    return shares + ((static_cast<int64_t>(share) * shape.blocks() + block) * 8 + quad) * 32 + lane();
+    return shares + (((set * parts + share) * shape.blocks() + block) * 8 + quad) * 32 + me.lane;
   };
-  for_own_blocks(shape, [&](int slot, int block, int, int) {
+  for_own_blocks(me, shape, [&](int slot, int block, int, int) {
 #pragma unroll
     for (int quad = 0; quad < 8; ++quad) {
       const float(&g)[4] = gram[slot][quad / 4][quad / 2 % 2][quad % 2];
@@ -303,36 +392,37 @@ DEVICE void add_shares(Block (&gram)[kSymmetric], const Symmetric& shape, float*
     }
   });
   sync_cluster();
-  for_own_blocks(shape, [&](int slot, int block, int, int) {
+  clear(gram);
+  for_own_blocks(me, shape, [&](int slot, int block, int, int) {
+#pragma unroll 1
+    for (int share = 0; share < parts; ++share)
 #pragma unroll
-    for (int quad = 0; quad < 8; ++quad) {
-      float(&g)[4] = gram[slot][quad / 4][quad / 2 % 2][quad % 2];
-      g[0] = g[1] = g[2] = g[3] = 0;
-      for (int share = 0; share < parts; ++share) {
+      for (int quad = 0; quad < 8; ++quad) {
+        float(&g)[4] = gram[slot][quad / 4][quad / 2 % 2][quad % 2];
         const Float4 other = load_past_l1(at(share, block, quad));
         g[0] += other.x;
         g[1] += other.y;
         g[2] += other.z;
         g[3] += other.w;
       }
-    }
   });
 }
 
-DEVICE float trace(const Block (&gram)[kSymmetric], const Symmetric& shape, float* scratch) {
+DEVICE float trace(const Block (&gram)[kSymmetric], const Symmetric& shape) {
+  const Thread me;
   float sum = 0;
-  for_own_blocks(shape, [&](int slot, int, int i, int j) {
+  for_own_blocks(me, shape, [&](int slot, int, int i, int j) {
     for_each_pair([&](int tile_i, int tile_j, int h, int r) {
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        if (i == j && pair_row(tile_i, r) == pair_column(tile_j, h) + e) sum += gram[slot][tile_i][tile_j][h][2 * r + e];
+        if (i == j && me.row(tile_i, r) == me.column(tile_j, h) + e) sum += gram[slot][tile_i][tile_j][h][2 * r + e];
     });
   });
-  return reduce<false>(sum, scratch);
+  return reduce<false>(sum);
 }
 
-KERNEL(kThreads) newton_schulz_kernel(GRID_CONSTANT Arguments given) {
-  // The block's matrix, and its slab.
+// Find the block's matrix and slab; whether there is one.
+DEVICE bool assign(const Arguments& given) {
   const int cluster = block_index() / given.cluster, rank = block_index() % given.cluster;
   int last = 0;
   for (int end = given.count; end - last > 1;) {
@@ -343,122 +433,109 @@ KERNEL(kThreads) newton_schulz_kernel(GRID_CONSTANT Arguments given) {
   const Batch& batch = placed.batch;
   const bool alone = placed.parts == 1;
   const int64_t nth = cluster - placed.first_cluster, index = alone ? nth * given.cluster + rank : nth;
-  if (index >= batch.count) return;
-  const int part = alone ? 0 : rank, n = static_cast<int>(batch.short_side), side = sides(n);
-  const int64_t start = static_cast<int64_t>(part) * placed.slab, left = batch.long_side - start;
-  const int columns = static_cast<int>(left < 0 ? 0 : left < placed.slab ? left : placed.slab);
-  const int64_t outer = index / batch.inner, inner = index % batch.inner;
-  const Matrix<const float> in(
-      batch.in + outer * batch.in_outer + inner * batch.in_inner + start * batch.in_long, batch.in_short, batch.in_long,
-      n, columns);
-  const Matrix<float> out(
-      batch.out + outer * batch.out_outer + inner * batch.out_inner + start * batch.out_long, batch.out_short,
-      batch.out_long, n, columns);
+  if (index >= batch.count) return false;
+  if (thread_index() == 0) {
+    const int part = alone ? 0 : rank, n = static_cast<int>(batch.short_side);
+    const int64_t start = static_cast<int64_t>(part) * placed.slab, left = batch.long_side - start;
+    const int m = static_cast<int>(left < 0 ? 0 : left < placed.slab ? left : placed.slab);
+    const int64_t outer = index / batch.inner, inner = index % batch.inner;
+    float* in = const_cast<float*>(batch.in) + outer * batch.in_outer + inner * batch.in_inner;
+    float* out = batch.out + outer * batch.out_outer + inner * batch.out_inner;
+    Work& own = work();
+    own.in.place(in + start * batch.in_long, batch.in_short, batch.in_long, n, m);
+    own.out.place(out + start * batch.out_long, batch.out_short, batch.out_long, n, m);
+    own.workspace = alone ? nullptr : given.workspace + placed.workspace + nth * workspace_floats(sides(n), placed.parts);
+    own.part = part;
+    own.parts = placed.parts;
+    own.width = placed.width;
+    own.resident = placed.slab == placed.width;
+  }
+  sync_block();
+  return true;
+}
 
-  auto* scratch = reinterpret_cast<float*>(shared_memory());
-  const Symmetric p{shared_memory() + kScratchBytes, side};
-  const Slab slab{p.data + p.blocks() * kBlockBytes, side};
-  const bool resident = placed.slab == placed.width;
-  const int64_t share_floats = static_cast<int64_t>(placed.parts) * p.blocks() * kBlockFloats;
-  float* workspace = given.workspace + placed.workspace + nth * (2 * share_floats + kSpareFloats);
-
-  // fp16 holds a matrix of any size after division by a power of two.
+// The power of two by which a matrix is multiplied, so that fp16 holds it whatever its size.
+DEVICE float find_scale(int side) {
+  const Thread me;
+  const Matrix& in = work().in;
   float most = 0;
-  for (int block = warp(); block < side * sides(columns); block += kWarps)
-    for_each_pair([&](int i, int j, int h, int r) {
-      float pair[2];
-      in.load(block % side * kSide + pair_row(i, r), block / side * kSide + pair_column(j, h), pair[0], pair[1]);
+#pragma unroll 4
+  for (int tile = me.warp; tile < 2 * side * 2 * sides(in.columns); tile += kWarps) {
+    Tile values;
+    in.load(me, tile % (2 * side) * kTileSide, tile / (2 * side) * kTileSide, values);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float magnitude = bits_float(float_bits(pair[e]) & 0x7fffffffu);
-        if (magnitude > most) most = magnitude;
-      }
-    });
-  most = reduce<true>(most, scratch);
-  if (!alone) {
-    float* largest = workspace + 2 * share_floats;
-    if (thread_index() == 0) largest[part] = most;
-    sync_cluster();
-    for (int other = 0; other < placed.parts; ++other) {
-      const float theirs = load_past_l1(largest + other);
-      if (theirs > most) most = theirs;
+    for (int element = 0; element < 8; ++element) {
+      const float magnitude = bits_float(float_bits(values[element / 4][element % 4]) & 0x7fffffffu);
+      if (magnitude > most) most = magnitude;
     }
   }
+  most = reduce<true>(most);
+  if (float* workspace = work().workspace) {
+    const int parts = work().parts;
+    float* all = workspace + workspace_floats(side, parts) - kSpareFloats;
+    if (thread_index() == 0) all[work().part] = most;
+    sync_cluster();
+    for (int part = 0; part < parts; ++part) {
+      const float other = load_past_l1(all + part);
+      if (other > most) most = other;
+    }
+  }
+  return scale_of(most);
+}
 
-  float scale = scale_of(most), factor = 1;
+KERNEL(kThreads) newton_schulz_kernel(GRID_CONSTANT Arguments given) {
+  if (!assign(given)) return;
+  const Symmetric p{sides(work().in.rows)};
+  const Slab slab{p};
+  float scale = find_scale(p.side), factor = 1;  // X is factor · scale · what `from` has
   for (int step = 0; step < given.steps; ++step) {
-    const auto load = [&](int first, int blocks) {
-      if (step == 0)
-        load_slab(slab, in, first, blocks, scale);
-      else
-        load_slab(slab, out, first, blocks, 1);
-      sync_block();
+    const Matrix& from = step == 0 ? work().in : work().out;
+    const auto for_each_chunk = [&](bool load, const auto& f) {
+      const int columns = work().in.columns, width = work().width;
+      for (int first = 0; first < columns; first += width) {
+        const int blocks = sides(columns - first < width ? columns - first : width);
+        if (load) load_slab(slab, from, first, blocks, scale);
+        sync_block();
+        f(first, blocks);
+        sync_block();
+      }
     };
+
     Block product[kSymmetric];
     clear(product);
-    for (int first = 0; first < columns; first += placed.width) {
-      const int blocks = sides(columns - first < placed.width ? columns - first : placed.width);
-      if (step == 0 || !resident) load(first, blocks);
-      add_gram(product, p, slab, blocks);
-      if (!resident) sync_block();
-    }
-    // Two sets of shares in turn: when a block writes one, nobody reads it any more.
-    if (!alone) add_shares(product, p, workspace + step % 2 * share_floats, part, placed.parts);
-    if (step == 0) factor = 1 / (square_root(trace(product, p, scratch)) * given.margin + 1e-7f * scale);
+    for_each_chunk(step == 0 || !work().resident, [&](int, int blocks) { add_gram(product, p, slab, blocks); });
+    if (work().workspace) add_shares(product, p, step % 2);
+    if (step == 0) factor = 1 / (square_root(trace(product, p)) * given.margin + 1e-7f * scale);
 
-    for_own_blocks(p, [&](int slot, int block, int, int) {
-      for_each_pair([&](int i, int j, int h, int r) {
-        const float(&g)[4] = product[slot][i][j][h];
-        *pair_in(p.tile(block, i, j), h, r) =
-            pack_halves(g[2 * r] * factor * factor, g[2 * r + 1] * factor * factor);
-      });
-    });
+    store_gram(product, p, factor);
     sync_block();
     square(product, p);
-    const float a = given.coefficients[3 * step], b = given.coefficients[3 * step + 1],
-                c = given.coefficients[3 * step + 2];
     sync_block();
-    for_own_blocks(p, [&](int slot, int block, int, int) {
-      for_each_pair([&](int i, int j, int h, int r) {
-        const float(&s)[4] = product[slot][i][j][h];
-        uint32_t* pair = pair_in(p.tile(block, i, j), h, r);
-        float g[2];
-        unpack_halves(*pair, g[0], g[1]);
-        *pair = pack_halves(b * g[0] + c * s[2 * r], b * g[1] + c * s[2 * r + 1]);
-      });
-    });
+    const float* coefficients = given.coefficients + 3 * step;
+    combine(product, p, coefficients[1], coefficients[2]);
     sync_block();
 
-    const bool keep = resident && step + 1 < given.steps;
-    for (int first = 0; first < columns; first += placed.width) {
-      const int blocks = sides(columns - first < placed.width ? columns - first : placed.width);
-      if (!resident) load(first, blocks);
-      if (step == 0)
-        update(p, slab, in, out, first, blocks, a, scale, factor, keep);
-      else
-        update(p, slab, out, out, first, blocks, a, 1, 1, keep);
-      sync_block();
-    }
-    factor = 1;
+    for_each_chunk(!work().resident, [&](int first, int blocks) {
+      const bool keep = work().resident && step + 1 < given.steps;
+      update(p, slab, from, work().out, first, blocks, coefficients[0], scale, factor, keep);
+    });
+    scale = factor = 1;
   }
 }
 
-int64_t symmetric_blocks(int64_t side) { return side * (side + 1) / 2; }
-
 // Columns of X, a multiple of 32, that a block has room for beside P.
 int64_t width_limit(int64_t side, int64_t shared_limit) {
-  const int64_t room = shared_limit - kScratchBytes - symmetric_blocks(side) * kBlockBytes;
+  const int64_t room = shared_limit - kWorkBytes - symmetric_blocks(side) * kBlockBytes;
   return room / (side * kBlockBytes) * kSide;
 }
 
 // Fill in where matrices go, those with most work for a block first.
 Plan place(Arguments& arguments, const Batch* batches, int count, int shared_limit, int max_cluster) {
-  const auto blocks = [](int64_t length) { return (length + kSide - 1) / kSide; };
   const auto slab = [&](const Batch& batch, int64_t parts) {
-    return (blocks(batch.long_side) + parts - 1) / parts * kSide;
+    return (sides(batch.long_side) + parts - 1) / parts * kSide;
   };
   const auto fits = [&](const Batch& batch, int64_t parts) {
-    return slab(batch, parts) <= width_limit(blocks(batch.short_side), shared_limit);
+    return slab(batch, parts) <= width_limit(sides(batch.short_side), shared_limit);
   };
   // The smallest cluster on which every matrix is on chip, as far as there is one.
   const int most = std::min(max_cluster, kMaxCluster);
@@ -472,10 +549,10 @@ Plan place(Arguments& arguments, const Batch* batches, int count, int shared_lim
     placed.parts = fits(batches[i], 1) ? 1 : cluster;
     placed.slab = static_cast<int32_t>(slab(batches[i], placed.parts));
     placed.width = static_cast<int32_t>(
-        std::min<int64_t>(placed.slab, width_limit(blocks(batches[i].short_side), shared_limit)));
+        std::min<int64_t>(placed.slab, width_limit(sides(batches[i].short_side), shared_limit)));
   }
   const auto work = [&](const Placed& placed) {  // multiplications of a block and step, in 32³
-    const int64_t side = blocks(placed.batch.short_side);
+    const int64_t side = sides(placed.batch.short_side);
     return symmetric_blocks(side) * side + (symmetric_blocks(side) + side * side) * (placed.slab / kSide);
   };
   std::stable_sort(arguments.placed, arguments.placed + count,
@@ -484,12 +561,12 @@ Plan place(Arguments& arguments, const Batch* batches, int count, int shared_lim
   Plan plan{cluster, 0, 0, 0};
   for (int i = 0; i < count; ++i) {
     Placed& placed = arguments.placed[i];
-    const int64_t side = blocks(placed.batch.short_side), all = symmetric_blocks(side);
+    const int64_t side = sides(placed.batch.short_side), all = symmetric_blocks(side);
     placed.first_cluster = plan.clusters;
     placed.workspace = plan.workspace_floats;
     plan.clusters += placed.parts > 1 ? placed.batch.count : (placed.batch.count + cluster - 1) / cluster;
-    if (placed.parts > 1) plan.workspace_floats += placed.batch.count * (2 * placed.parts * all * kBlockFloats + kSpareFloats);
-    const int64_t shared = kScratchBytes + all * kBlockBytes + placed.width / kSide * side * kBlockBytes;
+    if (placed.parts > 1) plan.workspace_floats += placed.batch.count * workspace_floats(side, placed.parts);
+    const int64_t shared = kWorkBytes + all * kBlockBytes + placed.width / kSide * side * kBlockBytes;
     plan.shared_bytes = std::max(plan.shared_bytes, static_cast<int32_t>(shared));
   }
   arguments.count = count;

@@ -37,6 +37,12 @@ DEVICE char* shared_memory() {
 
 DEVICE void sync_block() { __syncthreads(); }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kClusters = false;
+#else
+constexpr bool kClusters = true;
+#endif
+
 // A barrier of all threads of a cluster, behind which they see what the others wrote to global memory before it.
 DEVICE void sync_cluster() {
 #if __CUDA_ARCH__ >= 900

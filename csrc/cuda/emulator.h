@@ -289,6 +289,8 @@ inline char* shared_memory() {
   return all.shared(all.current / all.threads);
 }
 
+constexpr bool kClusters = true;
+
 inline void sync_block() { emulator::pause(emulator::Waits::block); }
 inline void sync_cluster() { emulator::pause(emulator::Waits::cluster); }
 

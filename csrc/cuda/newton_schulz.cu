@@ -470,7 +470,7 @@ DEVICE float find_scale(int side) {
     }
   }
   most = reduce<true>(most);
-  if (float* workspace = work().workspace) {
+  if (float* workspace = work().workspace; kClusters && workspace) {
     const int parts = work().parts;
     float* all = workspace + workspace_floats(side, parts) - kSpareFloats;
     if (thread_index() == 0) all[work().part] = most;
@@ -504,7 +504,7 @@ KERNEL(kThreads) newton_schulz_kernel(GRID_CONSTANT Arguments given) {
     Block product[kSymmetric];
     clear(product);
     for_each_chunk(step == 0 || !work().resident, [&](int, int blocks) { add_gram(product, p, slab, blocks); });
-    if (work().workspace) add_shares(product, p, step % 2);
+    if (kClusters && work().workspace) add_shares(product, p, step % 2);
     if (step == 0) factor = 1 / (square_root(trace(product, p)) * given.margin + 1e-7f * scale);
 
     store_gram(product, p, factor);

@@ -1,5 +1,6 @@
 """Packaging of fedkernels; metadata is here, tool settings are in pyproject.toml."""
 
+import os
 import re
 from pathlib import Path
 
@@ -8,13 +9,33 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 
 
+def no_cuda():
+    """Why the CUDA kernels are not compiled, or None."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        return "nvcc is not here; CUDA_HOME may say where it is"
+    return None
+
+
 def kernels():
     """The C++ kernels as arguments of `setup`: compiled where torch and a compiler are, left out where they are not."""
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError:
         print("fedkernels: no C++ kernels: torch is not here to build against (pip install --no-build-isolation)")
         return {}
+
+    if (reason := no_cuda()) is None:
+        extension_type, sources = CUDAExtension, ["csrc/*/*.cpp", "csrc/cuda/*.cu", "csrc/bindings/cuda/*.cpp"]
+        # Binaries of two generations, and PTX of each for those after it.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0+PTX")
+    else:
+        print(f"fedkernels: no CUDA kernels: {reason}")
+        extension_type, sources = CppExtension, ["csrc/*/*.cpp"]
 
     class BuildKernels(BuildExtension):
         def finalize_options(self):
@@ -28,12 +49,13 @@ def kernels():
             except Exception as error:  # whatever a compiler or linker can do wrong
                 print(f"fedkernels: no C++ kernels: {type(error).__name__}: {' '.join(str(error).split())}")
 
-    extension = CppExtension(
+    # Without contraction to fused multiply-adds every instruction set gives the same bits.
+    flags = ["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
+    extension = extension_type(
         "fedkernels._C",
-        sorted(str(path.relative_to(here)) for path in here.glob("csrc/*/*.cpp")),
+        sorted(str(path.relative_to(here)) for pattern in sources for path in here.glob(pattern)),
         depends=sorted(str(path.relative_to(here)) for path in here.glob("csrc/*/*.h")),
-        # Without contraction to fused multiply-adds every instruction set gives the same bits.
-        extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"],
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
         extra_link_args=["-fopenmp"],
         optional=True,
     )

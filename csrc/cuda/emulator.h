@@ -289,7 +289,11 @@ inline char* shared_memory() {
   return all.shared(all.current / all.threads);
 }
 
+#ifdef FEDKERNELS_EMULATE_SM80
+constexpr bool kClusters = false;
+#else
 constexpr bool kClusters = true;
+#endif
 
 inline void sync_block() { emulator::pause(emulator::Waits::block); }
 inline void sync_cluster() { emulator::pause(emulator::Waits::cluster); }

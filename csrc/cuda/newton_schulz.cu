@@ -22,7 +22,7 @@ constexpr int kWarps = 12, kThreads = 32 * kWarps;
 constexpr int kTileSide = 16, kSide = 32;            // of a tile, of a block of tiles
 constexpr int kTileBytes = 512, kBlockBytes = 2048;  // 16×16 and 32×32 halves
 constexpr int kSymmetric = 3;                        // blocks of a symmetric product in a warp's registers: 36 of 256²
-constexpr int kPanel = 2;                            // blocks of the next X in a warp's registers, as fp16
+constexpr int kPanel = kClusters ? 2 : 1;            // blocks of the next X in a warp's registers, as fp16
 constexpr int kWorkBytes = 256;                      // of Work
 constexpr int kMaxCluster = 8;                       // what every GPU with clusters allows
 constexpr int kBlockFloats = 1024;                   // of a block of tiles in the workspace

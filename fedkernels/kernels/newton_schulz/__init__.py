@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from ..dispatch import MISSING, Backend, Rule, choose, cpp_on_rows, triton_on_rows
+from .cuda import cuda_on_matrices, cuda_on_medium_matrices, newton_schulz_cuda
 from .reference import POLAR_EXPRESS, QUINTIC, Orthogonalization, newton_schulz_reference, schedule
 
 __all__ = ["POLAR_EXPRESS", "QUINTIC", "RULES", "Orthogonalization", "is_row_major", "newton_schulz", "run"]
 
-# Of matrices, the limits are those of rows: the device and the dtype. A shape is anything; kernels choose by it.
-RULES: dict[Backend, Rule] = {"triton": triton_on_rows, "cpp": cpp_on_rows}
+# Of matrices, the limits of Triton and C++ are those of rows: the device and the dtype. Their kernels choose by shape.
+RULES: dict[Backend, Rule] = {"cuda": cuda_on_medium_matrices, "triton": triton_on_rows, "cpp": cpp_on_rows}
 
 if MISSING["cpp"] is None:
     torch.library.register_fake("fedkernels::newton_schulz_cpp", lambda u, coefficients, margin: u.new_empty(u.shape))
@@ -35,9 +36,9 @@ def newton_schulz(
             strides; matrices that are not row-major are copied. Tall ones are transposed, to work on the short side.
         steps: quintic steps.
         method: whose coefficients.
-        backend: `reference`, `cpp` or `triton`; by default the fastest that can run. Five steps differ from the
-            polynomial in float64 by at most 1e-4 of the norm of the result on `reference` and `cpp`, whose products are
-            float32, and by 1 % on `triton`, where those of float16 are added up in float32.
+        backend: `reference`, `cpp`, `triton` or `cuda`; by default the fastest that can run. Five steps differ from
+            the polynomial in float64 by at most 1e-4 of the norm of the result on `reference` and `cpp`, whose products
+            are float32, and by 1 % on `triton` and `cuda`, where those of float16 are added up in float32.
 
     Returns:
         A new contiguous tensor of the shape and dtype of `u`; on the reference, transposed where matrices are tall.
@@ -54,7 +55,8 @@ def newton_schulz(
     """
     if u.numel() == 0:
         return torch.empty_like(u)
-    chosen = choose("newton_schulz", RULES, u.device.type, u.dtype, tuple(u.shape), backend).backend
+    rules = RULES | {"cuda": cuda_on_matrices} if backend == "cuda" else RULES
+    chosen = choose("newton_schulz", rules, u.device.type, u.dtype, tuple(u.shape), backend).backend
     return run(chosen, u, *schedule(method, steps))
 
 
@@ -62,6 +64,8 @@ def run(backend: Backend, u: Tensor, coefficients: list[float], margin: float) -
     """Newton–Schulz on a backend that can run it, with the coefficients of every step."""
     if backend == "reference":
         return newton_schulz_reference(u, coefficients, margin)
+    if backend == "cuda":
+        return newton_schulz_cuda([u], coefficients, margin)[0]
     if not is_row_major(u):
         u = u.contiguous()
     if backend == "triton":

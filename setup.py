@@ -29,13 +29,29 @@ def kernels():
         print("fedkernels: no C++ kernels: torch is not here to build against (pip install --no-build-isolation)")
         return {}
 
+    def sources(*patterns):
+        return sorted(str(path.relative_to(here)) for pattern in patterns for path in here.glob(pattern))
+
+    def extension(kind, *patterns):
+        # Without contraction to fused multiply-adds every instruction set gives the same bits.
+        flags = ["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
+        return kind(
+            "fedkernels._C",
+            sources(*patterns),
+            depends=sources("csrc/*/*.h"),
+            extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+            extra_link_args=["-fopenmp"],
+            optional=True,
+        )
+
+    cpp = extension(CppExtension, "csrc/*/*.cpp")
+    built = cpp
     if (reason := no_cuda()) is None:
-        extension_type, sources = CUDAExtension, ["csrc/*/*.cpp", "csrc/cuda/*.cu", "csrc/bindings/cuda/*.cpp"]
         # Binaries of two generations, and PTX of each for those after it.
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0+PTX")
+        built = extension(CUDAExtension, "csrc/*/*.cpp", "csrc/cuda/*.cu", "csrc/bindings/cuda/*.cpp")
     else:
         print(f"fedkernels: no CUDA kernels: {reason}")
-        extension_type, sources = CppExtension, ["csrc/*/*.cpp"]
 
     class BuildKernels(BuildExtension):
         def finalize_options(self):
@@ -44,22 +60,22 @@ def kernels():
             self.build_temp = str(here / "build" / "kernels")
 
         def build_extensions(self):
+            if built is not cpp and self.build("CUDA"):
+                return
+            for name in ("sources", "include_dirs", "library_dirs", "libraries"):
+                setattr(built, name, getattr(cpp, name))
+            self.build("C++")
+
+        def build(self, what):
+            """Whether the extension could be built; a line says why it could not."""
             try:
                 super().build_extensions()
             except Exception as error:  # whatever a compiler or linker can do wrong
-                print(f"fedkernels: no C++ kernels: {type(error).__name__}: {' '.join(str(error).split())}")
+                print(f"fedkernels: no {what} kernels: {type(error).__name__}: {' '.join(str(error).split())}")
+                return False
+            return True
 
-    # Without contraction to fused multiply-adds every instruction set gives the same bits.
-    flags = ["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
-    extension = extension_type(
-        "fedkernels._C",
-        sorted(str(path.relative_to(here)) for pattern in sources for path in here.glob(pattern)),
-        depends=sorted(str(path.relative_to(here)) for path in here.glob("csrc/*/*.h")),
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
-        extra_link_args=["-fopenmp"],
-        optional=True,
-    )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}
+    return {"ext_modules": [built], "cmdclass": {"build_ext": BuildKernels}}
 
 
 init = (here / "fedkernels" / "__init__.py").read_text()

@@ -125,6 +125,8 @@ def choose(
         return Choice(named, f"asked for by {by}", {})
     refused: dict[Backend, str] = {}
     for candidate in BACKENDS:
+        if candidate != "reference" and candidate not in rules:
+            continue
         if (reason := _refusal(candidate, rules, device, dtype, shape)) is None:
             why = "no other can" if candidate == "reference" else f"the fastest on {device}"
             return Choice(candidate, why, refused)

@@ -1,4 +1,4 @@
-"""Which backend runs an op, and why: `triton` on GPUs, `cpp` on CPUs, `reference` everywhere."""
+"""Which backend runs an op, and why: `cuda` and `triton` on GPUs, `cpp` on CPUs, `reference` everywhere."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-Backend = Literal["triton", "cpp", "reference"]
+Backend = Literal["cuda", "triton", "cpp", "reference"]
 KernelsName = Literal["auto", "reference", "cpp", "triton"]
-BACKENDS: tuple[Backend, ...] = ("triton", "cpp", "reference")  # in order of preference
+BACKENDS: tuple[Backend, ...] = ("cuda", "triton", "cpp", "reference")  # in order of preference
 
 # Every environment variable that the kernels read.
 VARIABLES = {
-    "FEDKERNELS_BACKEND": "reference, cpp or triton: every op runs on it, or raises where it cannot",
+    "FEDKERNELS_BACKEND": "reference, cpp, triton or cuda: every op runs on it, or raises where it cannot",
     "TRITON_INTERPRET": "1 runs Triton kernels on CPU tensors, slowly, to test them; read when fedkernels is imported",
 }
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -38,12 +38,22 @@ def _load_extension() -> str | None:
     return None
 
 
+def _find_cuda() -> str | None:
+    """Why the kernels in CUDA C++ are not there, or None; they are part of the extension."""
+    if MISSING["cpp"] is not None:
+        return MISSING["cpp"]
+    if not hasattr(torch.ops.fedkernels, "newton_schulz_cuda"):
+        return "extension built without CUDA: install with nvcc and a CUDA build of torch present"
+    return None
+
+
 # Why a backend cannot run here at all, whatever the op; None where it can.
 MISSING: dict[Backend, str | None] = {
     "triton": None if importlib.util.find_spec("triton") else "triton is not installed",
     "cpp": _load_extension(),
     "reference": None,
 }
+MISSING["cuda"] = _find_cuda()
 
 
 class BackendError(RuntimeError):
@@ -185,6 +195,8 @@ def _choose(
         return Choice(named, f"asked for by {by}", {})
     refused: dict[Backend, str] = {}
     for candidate in BACKENDS:
+        if candidate != "reference" and candidate not in rules:
+            continue
         if (reason := _refusal(candidate, rules, device, dtype, shape)) is None:
             why = "no other can" if candidate == "reference" else f"the fastest on {device}"
             return Choice(candidate, why, refused)

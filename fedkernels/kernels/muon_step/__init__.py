@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import MISSING, choose, require, require_scalars
-from ..newton_schulz import RULES, Orthogonalization, is_row_major
+from ..dispatch import MISSING, ON_ROWS, choose, require, require_scalars
+from ..newton_schulz import Orthogonalization, is_row_major
 from ..newton_schulz.reference import schedule
 from .reference import muon_step_reference
 
@@ -74,7 +74,7 @@ def muon_step(
     require_scalars("lr", lr, y, len(y))
     if y.numel() == 0:
         return
-    chosen = choose("muon_step", RULES, y.device.type, y.dtype, tuple(y.shape), backend).backend
+    chosen = choose("muon_step", ON_ROWS, y.device.type, y.dtype, tuple(y.shape), backend).backend
     arguments = (y, M, g, lr, momentum, weight_decay, scale, share, alpha, G, active, *schedule(method, steps))
     if chosen == "triton":
         from .triton import muon_step_triton

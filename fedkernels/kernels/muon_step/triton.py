@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..newton_schulz.triton import newton_schulz_triton
+from ..dispatch import MISSING
+from ..newton_schulz import RULES, run
 from ..tiles import OPTIONS, TILE, is_active, moved, per_client, scalar
 
 
@@ -79,7 +80,9 @@ def muon_step_triton(
     direction_kernel[grid](
         M, g, u, active, count, size, M.stride(0), M.stride(1), g.stride(0), g.stride(1), momentum, TILE, **OPTIONS
     )
-    o = newton_schulz_triton(u, coefficients, margin)
+    # Matrices that no Triton program holds are left to CUDA C++ where that is there.
+    refused = MISSING["cuda"] or RULES["cuda"](u.device.type, u.dtype, tuple(u.shape))
+    o = run("triton" if refused else "cuda", u, list(coefficients), margin)
     step_kernel[grid](
         y, o, lr, G, active, count, size, y.stride(0), y.stride(1), scale, weight_decay, share, alpha, per_client(lr),
         TILE, **OPTIONS,

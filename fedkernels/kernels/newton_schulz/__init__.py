@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ..dispatch import MISSING, Backend, Rule, choose, cpp_on_rows, triton_on_rows
+from .cuda import cuda_on_matrices, cuda_on_medium_matrices, newton_schulz_cuda
 from .reference import POLAR_EXPRESS, QUINTIC, Orthogonalization, newton_schulz_reference, schedule
 
 __all__ = ["POLAR_EXPRESS", "QUINTIC", "RULES", "Orthogonalization", "is_row_major", "newton_schulz", "run"]
 
-# The limits are those of rows, the device and the dtype; within a backend the shape decides how it computes. A further
-# backend for some shapes is one more rule here, which returns why it does not take the others, and a line in `run`.
-RULES: dict[Backend, Rule] = {"triton": triton_on_rows, "cpp": cpp_on_rows}
+# Of matrices, the limits of Triton and C++ are those of rows: the device and the dtype. Their kernels choose by shape.
+RULES: dict[Backend, Rule] = {"cuda": cuda_on_medium_matrices, "triton": triton_on_rows, "cpp": cpp_on_rows}
 
 if MISSING["cpp"] is None:
     torch.library.register_fake("fedkernels::newton_schulz_cpp", lambda u, coefficients, margin: u.new_empty(u.shape))
@@ -36,10 +36,10 @@ def newton_schulz(
             strides; matrices that are not row-major are copied. Tall ones are transposed, to work on the short side.
         steps: quintic steps.
         method: whose coefficients.
-        backend: `reference`, `cpp` or `triton`; by default the fastest that can run. On the first two, whose products
-            are float32, five steps differ from the polynomial in float64 by less than 2e-4 of the norm of the result.
-            `triton`, where products of float16 are added up in float32, stays within 1 % on matrices of any spectrum,
-            and 2 % where the short side is below 8.
+        backend: `reference`, `cpp`, `triton` or `cuda`; by default the fastest that can run. On the first two, whose
+            products are float32, five steps differ from the polynomial in float64 by less than 2e-4 of the norm of the
+            result. `triton` and `cuda`, where products of float16 are added up in float32, stay within 1 % on matrices
+            of any spectrum, `triton` within 2 % where the short side is below 8.
 
     Returns:
         A new contiguous tensor of the shape and dtype of `u`; on the reference, transposed where matrices are tall.
@@ -56,7 +56,8 @@ def newton_schulz(
     """
     if u.numel() == 0:
         return torch.empty_like(u)
-    chosen = choose("newton_schulz", RULES, u.device.type, u.dtype, tuple(u.shape), backend).backend
+    rules = RULES | {"cuda": cuda_on_matrices} if backend == "cuda" else RULES
+    chosen = choose("newton_schulz", rules, u.device.type, u.dtype, tuple(u.shape), backend).backend
     return run(chosen, u, *schedule(method, steps))
 
 
@@ -64,6 +65,8 @@ def run(backend: Backend, u: Tensor, coefficients: list[float], margin: float) -
     """Newton–Schulz on a backend that can run it, with the coefficients of every step."""
     if backend == "reference":
         return newton_schulz_reference(u, coefficients, margin)
+    if backend == "cuda":
+        return newton_schulz_cuda([u], coefficients, margin)[0]
     if not is_row_major(u):
         u = u.contiguous()
     if backend == "triton":

@@ -58,7 +58,8 @@ class Pretrained(Transformer):
             if re.search(r"drop(out|_path)?(_|$)|pdrop$", name) and isinstance(getattr(config, name), float):
                 setattr(config, name, 0.0)
         config.use_cache = False
-        config.pad_token_id = tokens.pad if kind == "text" else config.pad_token_id
+        if kind == "text":
+            config.pad_token_id = tokens.pad
         if kind != "language":
             config.num_labels = classes
         auto = getattr(transformers, _AUTO[kind])

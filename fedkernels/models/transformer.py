@@ -37,7 +37,7 @@ class Transformer:
     def wrap(self, model: Any, kind: TaskKind, pad: int = 0) -> TransformerModule:
         """The module from inputs to logits, with adapters and recomputation where they are asked for."""
         if self.activation_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         return TransformerModule(self.lora.apply(model, kind) if self.lora else model, kind, pad)
 
 

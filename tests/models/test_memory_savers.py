@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from adapters import CLASSES, LENGTH, LORA, texts
 from support import run_rounds, tiny_engine
 from torch import Tensor
+from torch.func import functional_call
 
 from fedkernels.algorithms import FedAvg
 from fedkernels.contract import Batch
@@ -22,6 +23,9 @@ from fedkernels.federated.evaluators import BoundModule, Choice, choose, make_ev
 from fedkernels.federated.objective import Objective
 from fedkernels.layout import Layout
 from fedkernels.models import Deit, Gpt2, Llama, Roberta, Swin, Vit
+
+# Flash attention on CPU has no batching rule: vmap falls back to a loop over clients and says so.
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 CPU = torch.device("cpu")
 MODELS = {
@@ -61,6 +65,7 @@ def batch(o: Objective, clients: int = 3, samples: int = 5) -> Batch:
 
 
 def gradients(o: Objective, b: Batch, evaluator: Any = "loop", size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Near the initial parameters, which a call replaces by those of the last client."""
     layout = Layout.of(o.module)
     clients = len(b.inputs)
     x = layout.flatten(dict(o.module.named_parameters()))
@@ -84,19 +89,14 @@ def test_recomputed_activations_give_the_same_gradients(name: str, monkeypatch: 
     b = batch(plain)
     expected_g, expected_losses = gradients(plain, b)
     forwards = []
-    # Of every layer's own norms one runs again for each client, however many layers there are.
-    norms = [
-        m
-        for n, m in saving.module.named_modules()
-        if "norm" in type(m).__name__.lower() and ("layer" in n or ".h." in n)
-    ]
+    norms = [m for m in saving.module.modules() if "norm" in type(m).__name__.lower()]
     for m in norms:
         m.register_forward_hook(lambda m, args, out: forwards.append(m))
     g, losses = gradients(saving, b)
     torch.testing.assert_close(g, expected_g, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(losses, expected_losses, rtol=1e-12, atol=0)
-    counts = {m: forwards.count(m) for m in norms}
-    assert max(counts.values()) == 2 * len(b.inputs)
+    # Swin's stages are saved whole as well as their layers, which then run three times.
+    assert max(forwards.count(m) for m in norms) == (3 if name == "swin" else 2) * len(b.inputs)
     # And nothing twice in an evaluation.
     forwards.clear()
     saving.module.eval()
@@ -122,8 +122,9 @@ def test_recomputation_is_for_loops_and_the_choice_says_so() -> None:
 
 
 @pytest.mark.parametrize("weights", ["full", "padded"])
-@pytest.mark.parametrize("size", [1, 2, 4, 5, 9])
-@pytest.mark.parametrize("evaluator", ["loop", "batched", "compiled"])
+@pytest.mark.parametrize(
+    ("evaluator", "size"), [*((e, size) for e in ("loop", "batched") for size in (1, 2, 4, 5, 9)), ("compiled", 2)]
+)
 def test_pieces_of_a_mini_batch_add_up_to_it(evaluator: str, size: int, weights: str) -> None:
     """Also where a piece is padding alone."""
     for name in ("vit", "llama"):
@@ -131,7 +132,7 @@ def test_pieces_of_a_mini_batch_add_up_to_it(evaluator: str, size: int, weights:
         b = batch(o)
         b = b if weights == "padded" else dataclasses.replace(b, weights=None)
         expected_g, expected_losses = gradients(o, b)
-        g, losses = gradients(o, b, evaluator, size)
+        g, losses = gradients(objective(name), b, evaluator, size)
         torch.testing.assert_close(g, expected_g, rtol=1e-11, atol=1e-13)
         torch.testing.assert_close(losses, expected_losses, rtol=1e-12, atol=0)
         if evaluator == "compiled":
@@ -148,7 +149,7 @@ def test_a_piece_is_all_that_goes_through_the_model_at_once() -> None:
 
 @pytest.mark.parametrize("evaluator", ["loop", "batched"])
 def test_a_federation_in_pieces_is_the_same_federation(evaluator: str) -> None:
-    """With partial mini-batches, and SAM-like second gradients left to the algorithms' own tests."""
+    """Some clients have less than a mini-batch, and all of them partial ones."""
     states = []
     for size in (None, 3):
         engine = tiny_engine(FedAvg(), evaluator=evaluator, clients_per_batch=2, microbatch_size=size)
@@ -158,22 +159,17 @@ def test_a_federation_in_pieces_is_the_same_federation(evaluator: str) -> None:
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-12)
 
 
-def test_the_pieces_of_a_mini_batch_against_autograd_on_the_whole() -> None:
-    o = objective("roberta")
-    b = batch(o)
-    g, losses = gradients(o, b, "loop", 2)
-    layout = Layout.of(o.module)
+def test_pieces_against_autograd_on_the_samples_that_count() -> None:
+    o, fresh = objective("roberta"), objective("roberta").module
+    b, layout = batch(o), Layout.of(fresh)
     assert b.weights is not None
-    for c in range(len(b.inputs)):
+    g, losses = gradients(o, b, "loop", 2)
+    noise = torch.randn(3, layout.d, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    y = layout.flatten(dict(fresh.named_parameters())) + 0.1 * noise
+    for c, row in enumerate(y):
         keep = b.weights[c] > 0
-        o.module.zero_grad()
-        parameters = dict(o.module.named_parameters())
-        noise = torch.randn(3, layout.d, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-        fresh = objective("roberta").module
-        row = layout.flatten(dict(fresh.named_parameters())) + 0.1 * noise[c]
         leaves = {n: v.clone().requires_grad_() for n, v in layout.views(row).items()}
-        loss = F.cross_entropy(torch.func.functional_call(o.module, leaves, (b.inputs[c][keep],)), b.targets[c][keep])
-        expected = layout.flatten(dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)))
-        torch.testing.assert_close(g[c], expected, rtol=1e-10, atol=1e-13)
+        loss = F.cross_entropy(functional_call(fresh, leaves, (b.inputs[c][keep],)), b.targets[c][keep])
+        expected = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        torch.testing.assert_close(g[c], layout.flatten(expected), rtol=1e-10, atol=1e-13)
         assert losses[c].item() == pytest.approx(loss.item(), rel=1e-12)
-        assert set(leaves) == set(parameters)

@@ -64,6 +64,8 @@ def test_sums_over_any_shards_give_the_scores_of_the_whole(cuts: list[int]) -> N
     assert all(len(part) == objective.n_sums for part in parts)
     found = objective.scores(torch.stack(parts).sum(0))
     predicted = objective.module(inputs).argmax(1)
+    counts = torch.stack(parts).sum(0)[3:].view(2, 2)
+    assert counts.tolist() == confusion_matrix(targets, predicted).tolist()
     assert tuple(found) == objective.score_names == ("test_loss", "test_accuracy", "test_matthews", "test_f1")
     assert found["test_accuracy"] == pytest.approx(accuracy_score(targets, predicted))
     assert found["test_matthews"] == pytest.approx(matthews_corrcoef(targets, predicted))

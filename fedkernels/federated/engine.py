@@ -184,7 +184,7 @@ class Engine:
         """
 
         def make(choice: Choice) -> Evaluator:
-            return make_evaluator(choice, self.objective, self.layout, self._bound)
+            return make_evaluator(choice, self.objective, self.layout, self._bound, self.settings.microbatch_size)
 
         if choice is None:
             most = -(-self.settings.cohort // self.collectives.world_size)
@@ -429,19 +429,18 @@ class Engine:
             self._speeds = [m if self.round == 0 else (v + m) / 2 for v, m in zip(self._speeds, measured, strict=True)]
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy of the server model on the test set, shared out over ranks."""
+        """Loss, accuracy and the task's own metrics of the server model on the test set, shared out over ranks."""
         module = self.objective.module
         self._bound.bind(self.server.x, None)
         module.eval()
         rank, world = self.collectives.rank, self.collectives.world_size
         share = -(-self.objective.test_samples // world)
         stop = min(self.objective.test_samples, (rank + 1) * share)
-        sums = torch.zeros(3, dtype=torch.float64, device=self.objective.device)
+        sums = torch.zeros(self.objective.n_sums, dtype=torch.float64, device=self.objective.device)
         for first in range(rank * share, stop, EVAL_BATCH):
             sums += self.objective.evaluate(slice(first, min(stop, first + EVAL_BATCH)))
         module.train()
-        loss, correct, samples = self.collectives.all_reduce(sums).tolist()
-        return {"test_loss": loss / samples, "test_accuracy": correct / samples}
+        return self.objective.scores(self.collectives.all_reduce(sums))
 
     def named_parameters(self) -> dict[str, Tensor]:
         """The server model by parameter name, as views."""

@@ -254,7 +254,7 @@ def environment() -> dict[str, Any]:
     distributed = dist.is_available() and dist.is_initialized()
     return {
         "fedkernels": _version("fedkernels"),
-        "git_revision": _git_revision(Path(__file__).resolve().parent.parent),
+        "git_revision": git_revision(Path(__file__).resolve().parent.parent),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -309,7 +309,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_revision(root: Path) -> str | None:
+def git_revision(root: Path) -> str | None:
     """The revision of the checkout at `root`, marked where files differ from it; None outside a checkout."""
     # An installed package may lie inside the checkout of some other project, whose revision would mislead.
     if not (root / ".git").exists():

@@ -20,6 +20,7 @@ from .config import Config, ConfigError, choice, load, resolved
 from .data.datasets import Dataset
 from .data.partition import Partition
 from .data.tokens import Tokens
+from .launch_record import record_launch
 from .metrics import environment
 from .models import MODELS, Pretrained
 
@@ -34,6 +35,7 @@ FREE_KEYS = {
     "keep_checkpoints",
     "store_memory_bytes",
     "on_nonfinite",
+    "timeout_s",
 }
 
 # Keys that a continuation keeps, although the numbers do not depend on them.
@@ -88,6 +90,7 @@ def open_run(config: Config, data: Dataset, partition: Partition) -> None:
             if changed := differences(before, fingerprint(config)):
                 raise ConfigError(f"run_dir: {run_dir} holds another run: {'; '.join(changed)}; choose another name")
         run_dir.mkdir(parents=True, exist_ok=True)
+        record_launch(run_dir)  # before what makes the folder a run: who dies in between must find itself there
         for name, text in files.items():
             _replace(run_dir / name, text)
     except OSError as error:

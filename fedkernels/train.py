@@ -27,6 +27,7 @@ from .federated.engine import Engine
 from .federated.objective import Objective
 from .federated.settings import EngineSettings
 from .formats import format_epsilon
+from .launch_record import begun_by_this_job
 from .metrics import MetricsWriter, Progress, read_metrics
 from .models import Pretrained
 from .rng import Purpose, stream
@@ -95,7 +96,8 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
     """Run a configuration to its last round, or from its newest checkpoint when resuming.
 
     Args:
-        resume: continue the run in `run_dir`; where it has no checkpoint yet, start it from the first round.
+        resume: continue the run in `run_dir`; where it has no checkpoint yet, start it from the first round. Ranks that
+            torchrun starts again do so by themselves.
 
     Raises:
         ConfigError: the run folder already holds a run, or another one on resume, or cannot be written.
@@ -104,8 +106,10 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
         OSError: the metrics cannot be written; the state up to that round is in a checkpoint.
     """
     device = pick_device(config.device)
-    collectives = join(device)
+    collectives = join(device, config.timeout_s)
     leader = collectives.rank == 0
+    again = collectives.agree(lambda: leader and begun_by_this_job(config.run_dir))
+    resume = any(collectives.gather(resume or again))
     collectives.agree(lambda: check_unused(config.run_dir) if leader and not resume else None)
     engine, data, partition = collectives.agree(lambda: build(config, collectives))
     checkpoints = config.run_dir / "checkpoints"

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +18,8 @@ from . import checkpoint
 from .config import Config
 from .data.datasets import Dataset
 from .data.partition import Partition
+from .data.text import Glue, Topics
+from .data.tokens import has_tokenizer
 from .federated.batches import LocalWork
 from .federated.codecs import codec_notes
 from .federated.collectives import Collectives, join, pick_device
@@ -27,6 +29,7 @@ from .federated.settings import EngineSettings
 from .formats import format_epsilon
 from .launch_record import begun_by_this_job
 from .metrics import MetricsWriter, Progress, read_metrics
+from .models import Pretrained
 from .rng import Purpose, stream
 from .run_folder import check_unused, fingerprint, open_run, run_number, save_model
 
@@ -38,6 +41,15 @@ class Outcome:
     run_dir: Path
     rounds: int
     stopped_by: int | None
+
+
+def load_data(config: Config) -> Dataset:
+    """The dataset, where it is text and names no tokenizer in the tokens of the directory its model comes from."""
+    data, model = config.data, config.model
+    if isinstance(data, Glue | Topics) and data.tokenizer is None:
+        path = model.path if isinstance(model, Pretrained) and has_tokenizer(model.path) else None
+        return replace(data, tokenizer=path).load()
+    return data.load()
 
 
 def split(config: Config, data: Dataset) -> Partition:
@@ -57,11 +69,11 @@ def build(config: Config, collectives: Collectives, data: Dataset | None = None)
     """
     torch.set_num_threads(config.threads)
     device = pick_device(config.device)
-    data = data or config.data.load()
+    data = data or load_data(config)
     partition = split(config, data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(stream(config.seed, Purpose.MODEL).integers(2**63)))
-        module = config.model.build(data.kind, data.input_shape, data.classes)
+        module = config.model.build(data.kind, data.input_shape, data.classes, data.tokens)
     buffers = [name for name, buffer in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
     if buffers:
         raise ValueError(f"{buffers[0]}: running statistics would not be aggregated; use GroupNorm or LayerNorm")
@@ -129,12 +141,15 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
         try:
             while engine.round < rounds and not engine.stop_agreed:
                 start = time.perf_counter()
+                first = not engine.kernels.chosen
                 row = engine.run_round()
                 last = engine.round == rounds
                 due = engine.round % config.eval_every == 0 or last
-                row |= engine.evaluate() if due else {"test_loss": None, "test_accuracy": None}
+                row |= engine.evaluate() if due else dict.fromkeys(engine.objective.score_names)
                 totals["time_s"] += time.perf_counter() - start
                 if log is not None:
+                    if first:
+                        log.progress.note(engine.kernels.summary())
                     log.write({"round": engine.round, "time_s": totals["time_s"], **row})
                 if engine.round % config.checkpoint_every == 0 or last or engine.stop_agreed:
                     checkpoint.save(checkpoints, engine, identity, totals, config.keep_checkpoints)
@@ -217,7 +232,7 @@ def _privacy_notes(engine: Engine, rounds: int) -> list[str]:
 
 
 def _finish(config: Config, data: Dataset, engine: Engine) -> None:
-    save_model(config, data, engine.named_parameters(), engine.round)
+    save_model(config, data, engine.objective.module, engine.named_parameters(), engine.round)
     from .report import write_report  # matplotlib is only needed once, on one rank, at the end
 
     write_report([config.run_dir], config.run_dir / "report.html")

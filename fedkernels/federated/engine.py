@@ -14,6 +14,8 @@ from torch import Tensor
 from ..contract import Algorithm, Batch, Round, Vectors
 from ..data.partition import Partition
 from ..formats import format_epsilon
+from ..kernels.dispatch import Kernels
+from ..kernels.rows import empty_rows
 from ..layout import Role
 from ..privacy.accountant import Accountant
 from ..privacy.mechanism import GaussianMechanism, check
@@ -50,11 +52,13 @@ class Engine:
         run: under privacy, which run it is: those that differ share no noise, whatever their `noise_seed`.
 
     Raises:
+        BackendError: the settings name a backend of kernels that cannot run here.
         ValueError: a cohort larger than the population or smaller than the number of ranks, a client without data, or
             what `privacy.mechanism.check` refuses, or a target ε that one round exceeds.
 
     Attributes:
         mechanism, accountant: of private wires; None without privacy.
+        kernels: the backends of ops, and what they ran on so far.
 
     Example:
         >>> from fedkernels.config import load
@@ -109,6 +113,8 @@ class Engine:
             directory / f"rank{self.collectives.rank}",
             settings.store_memory_bytes,
         )
+        self.kernels = Kernels(settings.kernels)
+        self.kernels.check(x.device.type, x.dtype, self.layout.d)
         self._bound = BoundModule(objective, self.layout)
         self._speeds = [1.0] * self.collectives.world_size
         self._gradients = x.new_empty(0, self.layout.d)
@@ -178,7 +184,7 @@ class Engine:
         """
 
         def make(choice: Choice) -> Evaluator:
-            return make_evaluator(choice, self.objective, self.layout, self._bound)
+            return make_evaluator(choice, self.objective, self.layout, self._bound, self.settings.microbatch_size)
 
         if choice is None:
             most = -(-self.settings.cohort // self.collectives.world_size)
@@ -221,7 +227,10 @@ class Engine:
         Raises:
             NonFiniteUpdateError: a client sent NaN or infinity and the settings say `error`; the server is as before.
         """
-        choice = self.choice or self.settle()
+        with self.kernels.use():
+            return self._run_round(self.choice or self.settle())
+
+    def _run_round(self, choice: Choice) -> dict[str, float | int | None]:
         link_before, start = self.collectives.link_bytes, time.perf_counter()
         settings, rank, world = self.settings, self.collectives.rank, self.collectives.world_size
         ids, blocks = self.draw_cohort()
@@ -330,7 +339,7 @@ class Engine:
         assert self._evaluator is not None
         ids = [cohort[p] for p in positions]
         if len(self._gradients) != len(ids):
-            self._gradients = self.server.x.new_empty(len(ids), self.layout.d)
+            self._gradients = empty_rows(self.server.x, len(ids), self.layout.d)
         mine = [blocks[p] for p in positions]
         task = LocalTask(
             self.layout,
@@ -349,31 +358,28 @@ class Engine:
         if written := [name for name, value in down.items() if value._version != versions[name]]:
             raise RuntimeError(f"{type(self.algorithm).__name__}.client wrote to {', '.join(written)} in place")
         self._check_up(up, len(ids))
-        finite = self._finite_rows(up)
         if self._encoder:
-            # Before, since a codec may hide what is not finite; and after, since one may overflow.
-            up = self._encoder(up, ids, mine, self.round, finite, stored)
-            finite = [sent and decoded for sent, decoded in zip(finite, self._finite_rows(up), strict=True)]
+            up = self._encoder(up, ids, mine, self.round, stored)
         stored |= {name: keep[name] for name in self.algorithm.keep}
-        bad, weighted_steps = [], 0.0
-        for c, (client, steps) in enumerate(zip(ids, self.batches.steps(ids).tolist(), strict=True)):
-            if not finite[c]:
-                bad.append(f"client {client} sent NaN or infinity in round {self.round + 1}")
-                if self.store.names:
-                    # Every client that has an owner has a row there, even one that was never heard.
-                    self.store.put([client], self.store.get([client]))
-                continue
-            weight = float(self.sizes[client]) if self.settings.weighting == "samples" else 1.0
-            aggregator.add(up, c, weight, mine[c], positions[c])
-            weighted_steps += weight * steps
-            if self.store.names:
-                self.store.put([client], {name: stored[name][c : c + 1] for name in self.store.names})
+        by_samples = self.settings.weighting == "samples"
+        weights = self.sizes[ids].astype(float).tolist() if by_samples else [1.0] * len(ids)
+        finite = aggregator.add(up, weights, mine, positions)
+        steps = self.batches.steps(ids).tolist()
+        if self.store.names:
+            for c, client in enumerate(ids):
+                # Every client that has an owner has a row there, even one that was never heard.
+                heard = {name: stored[name][c : c + 1] for name in self.store.names}
+                self.store.put([client], heard if finite[c] else self.store.get([client]))
         kept = torch.tensor(finite, device=task.loss_sum.device)
         aggregator.slots[LOSS_SUM] += torch.where(kept, task.loss_sum, 0).sum()
         aggregator.slots[LOSS_COUNT] += torch.where(kept, task.loss_count, 0).sum()
         aggregator.slots[CLIENTS] += sum(finite)
-        aggregator.slots[STEPS] += weighted_steps
-        return bad
+        aggregator.slots[STEPS] += sum(w * k for w, k, sent in zip(weights, steps, finite, strict=True) if sent)
+        return [
+            f"client {client} sent NaN or infinity in round {self.round + 1}"
+            for client, sent in zip(ids, finite, strict=True)
+            if not sent
+        ]
 
     def _check_up(self, up: Mapping[str, Tensor], clients: int) -> None:
         expected = {name: (clients, wire.size(self.layout)) for name, wire in self.wires.items()}
@@ -382,13 +388,6 @@ class Engine:
             raise RuntimeError(
                 f"{type(self.algorithm).__name__}.client must return exactly its up wires {expected}, got {found}"
             )
-
-    def _finite_rows(self, up: Mapping[str, Tensor]) -> list[bool]:
-        # A finite sum has finite terms. Another one may just have overflowed, which in float64 no sane update does.
-        totals = torch.stack([value.sum(1) for value in up.values()])
-        if not torch.isfinite(totals).all():
-            totals = torch.stack([value.sum(1, dtype=torch.float64) for value in up.values()])
-        return torch.isfinite(totals).all(0).tolist()
 
     def _update_server(self, agg: Vectors, r: Round) -> dict[str, float]:
         """Let the algorithm fold the aggregate in; returns its metrics."""
@@ -430,19 +429,18 @@ class Engine:
             self._speeds = [m if self.round == 0 else (v + m) / 2 for v, m in zip(self._speeds, measured, strict=True)]
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy of the server model on the test set, shared out over ranks."""
+        """Loss, accuracy and the task's own metrics of the server model on the test set, shared out over ranks."""
         module = self.objective.module
         self._bound.bind(self.server.x, None)
         module.eval()
         rank, world = self.collectives.rank, self.collectives.world_size
         share = -(-self.objective.test_samples // world)
         stop = min(self.objective.test_samples, (rank + 1) * share)
-        sums = torch.zeros(3, dtype=torch.float64, device=self.objective.device)
+        sums = torch.zeros(self.objective.n_sums, dtype=torch.float64, device=self.objective.device)
         for first in range(rank * share, stop, EVAL_BATCH):
             sums += self.objective.evaluate(slice(first, min(stop, first + EVAL_BATCH)))
         module.train()
-        loss, correct, samples = self.collectives.all_reduce(sums).tolist()
-        return {"test_loss": loss / samples, "test_accuracy": correct / samples}
+        return self.objective.scores(self.collectives.all_reduce(sums))
 
     def named_parameters(self) -> dict[str, Tensor]:
         """The server model by parameter name, as views."""

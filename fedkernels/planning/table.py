@@ -10,6 +10,7 @@ from pathlib import Path
 from ..config import Config, ConfigError, make
 from ..data.datasets import Dataset
 from ..metrics import environment
+from ..train import load_data
 from .network import Network
 from .planner import Costs, Planner, Prediction
 
@@ -101,7 +102,7 @@ def _data(config: Config) -> tuple[Dataset, list[str]]:
     """The dataset, or where its files are not here, one of the published shapes."""
     blank: Callable[[], Dataset] | None = getattr(config.data, "blank", None)
     try:
-        return config.data.load(), []
+        return load_data(config), []
     except FileNotFoundError as error:
         if blank is None:
             raise

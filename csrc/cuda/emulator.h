@@ -104,7 +104,6 @@ struct Machine {
   jmp_buf scheduler;
   const char* error = nullptr;
 
-  int warps() const { return blocks * threads / kLanes; }
   char* shared(int block) { return memory.data() + block * (shared_bytes + kGuardBytes); }
 };
 
@@ -248,24 +247,34 @@ inline std::vector<int> sequence(int n, std::mt19937& random) {
   return all;
 }
 
+// Until all lanes wait for others or are gone; whether one could move.
+inline bool run_warp(Machine& all, int warp, std::mt19937& random) {
+  bool moved = false;
+  for (bool again = true; again;) {
+    again = false;
+    for (int lane : sequence(kLanes, random))
+      if (all.fibers[warp * kLanes + lane].waits == Waits::nothing) {
+        resume(all, warp * kLanes + lane);
+        if (all.error) throw std::runtime_error(all.error);
+        moved = again = true;
+      }
+  }
+  return moved;
+}
+
 inline void run(Machine& all) {
   std::mt19937 random(order());
   machine() = &all;
   const int threads = all.blocks * all.threads;
   for (bool alive = true; alive;) {
     bool moved = false;
-    for (int warp : sequence(all.warps(), random))
-      for (bool again = true; again;) {
-        again = false;
-        for (int lane : sequence(kLanes, random))
-          if (all.fibers[warp * kLanes + lane].waits == Waits::nothing) {
-            resume(all, warp * kLanes + lane);
-            if (all.error) throw std::runtime_error(all.error);
-            moved = again = true;
-          }
-      }
-    for (int block = 0; block < all.blocks; ++block)
-      moved |= release(all, block * all.threads, (block + 1) * all.threads, Waits::block);
+    // A block goes as far as it can before the next one begins, which shows what a cluster does not wait for.
+    for (int block : sequence(all.blocks, random)) {
+      const int warps = all.threads / kLanes;
+      do {
+        for (int warp : sequence(warps, random)) moved |= run_warp(all, block * warps + warp, random);
+      } while (release(all, block * all.threads, (block + 1) * all.threads, Waits::block));
+    }
     moved |= release(all, 0, threads, Waits::cluster);
     alive = false;
     for (const Fiber& fiber : all.fibers) alive = alive || fiber.waits != Waits::gone;

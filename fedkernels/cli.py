@@ -18,6 +18,7 @@ from .checkpoint import CheckpointError
 from .config import CHOICES, Config, ConfigError, describe, load, make, nearest, parse_overrides, parse_value
 from .diagnostics.settings import DiagnosisSettings
 from .federated.engine import NonFiniteUpdateError
+from .federated.watch import LostRankError
 from .formats import format_epsilon
 from .kernels.dispatch import BackendError
 
@@ -43,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except (BackendError, CheckpointError, NonFiniteUpdateError, OSError) as error:
         return _fail(error, 1)
+    except LostRankError as error:
+        _fail(error, 1)
+        sys.stdout.flush()
+        os._exit(1)  # to leave the process group in order takes all ranks
     except KeyboardInterrupt:
         return 130
     finally:

@@ -109,6 +109,7 @@ class Config:
         checkpoint_every: rounds between checkpoints; the last round always is one.
         keep_checkpoints: newest checkpoints that stay on disk.
         store_memory_bytes: per-client state held in memory per rank before it is mapped from files.
+        timeout_s: longest a rank waits for the others, at the start and in every collective.
         privacy: client-level differential privacy of algorithms that ask for it.
     """
 
@@ -142,6 +143,7 @@ class Config:
     checkpoint_every: Count = 10
     keep_checkpoints: Count = 2
     store_memory_bytes: Annotated[float, Field(ge=0, lt=math.inf)] = 2.0**30
+    timeout_s: Annotated[float, Field(ge=1, le=86400)] = 600.0
     privacy: Privacy | None = None
 
     def __post_init__(self) -> None:

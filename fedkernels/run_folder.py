@@ -31,6 +31,7 @@ FREE_KEYS = {
     "checkpoint_every",
     "keep_checkpoints",
     "store_memory_bytes",
+    "timeout_s",
     "on_nonfinite",
 }
 

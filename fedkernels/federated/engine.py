@@ -230,12 +230,14 @@ class Engine:
         nominal = self.nominal_round(len(ids), lr)
         costs = self.batches.steps(ids).astype(float).tolist()
         placed = place(ids, costs, self.owners, self._speeds)
+        self.collectives.at(self.round + 1, "move")
         self._move(ids, placed)
 
         aggregator = self._aggregator
         aggregator.reset(len(ids))
         down = self.down()
         bad: list[str] = []
+        self.collectives.at(self.round + 1, "train")
         busy_start = time.perf_counter()
         mine = placed[rank]
         for first in range(0, len(mine), choice.clients_per_batch):
@@ -253,6 +255,7 @@ class Engine:
         ]
         if private and rank == 0:
             aggregator.add_noise(self.round)
+        self.collectives.at(self.round + 1, "reduce")
         agg = aggregator.reduce(self.collectives, holders)
         loss_sum, loss_count, clients, steps, dropped, stop, *per_rank = slots.tolist()
         self.dropped = [text for texts in self.collectives.gather(bad) for text in texts] if dropped else []
@@ -260,6 +263,7 @@ class Engine:
             raise NonFiniteUpdateError("; ".join(self.dropped))
         self.stop_agreed = stop > 0
         metrics: dict[str, float | None] = {}
+        self.collectives.at(self.round + 1, "server")
         # Under privacy an empty cohort is a round like any other: to skip it would tell that it was empty.
         if clients or private:
             done = nominal
@@ -349,6 +353,8 @@ class Engine:
         if written := [name for name, value in down.items() if value._version != versions[name]]:
             raise RuntimeError(f"{type(self.algorithm).__name__}.client wrote to {', '.join(written)} in place")
         self._check_up(up, len(ids))
+        if self.collectives.faults is not None:
+            self.collectives.faults.spoil(up, self.round + 1)
         finite = self._finite_rows(up)
         if self._encoder:
             # Before, since a codec may hide what is not finite; and after, since one may overflow.
@@ -431,6 +437,7 @@ class Engine:
 
     def evaluate(self) -> dict[str, float]:
         """Loss and accuracy of the server model on the test set, shared out over ranks."""
+        self.collectives.at(self.round, "evaluate")
         module = self.objective.module
         self._bound.bind(self.server.x, None)
         module.eval()

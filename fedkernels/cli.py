@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (BackendError, CheckpointError, NonFiniteUpdateError, OSError) as error:
         return _fail(error, 1)
     except LostRankError as error:
-        _fail(error, 1)
+        if error.first:
+            print(f"fedkernels: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # to leave the process group in order takes all ranks
     except KeyboardInterrupt:

@@ -40,7 +40,7 @@ class Fault:
             `truncate` the newest checkpoint, or `flip` a bit of it.
         rank: to whom.
         round: in which round, from 1.
-        stage: on coming to `move`, `train`, `reduce`, `server`, `evaluate` or `checkpoint`, or with a checkpoint `saved`.
+        stage: on coming to `move`, `train`, `reduce`, `server`, `evaluate` or `checkpoint`, or with the latter `saved`.
         seconds: how long `slow` takes.
 
     Example:
@@ -66,7 +66,7 @@ def parse(text: str) -> tuple[Fault, ...]:
         where = f"{VARIABLE}: {' '.join(words)!r}"
         if not words:
             raise ValueError(f"{VARIABLE}: {text!r}, expected KIND rank=N round=N stage=STAGE between semicolons")
-        given = dict(word.split("=", 1) if "=" in word else (word, "") for word in words[1:])
+        given = {key: value for key, _, value in (word.partition("=") for word in words[1:])}
         kind, stage = words[0], given.get("stage", "")
         if kind not in get_args(Kind):
             raise ValueError(f"{where}: unknown kind {kind!r}; expected one of {', '.join(get_args(Kind))}")
@@ -119,6 +119,8 @@ def from_environment(run_dir: Path) -> Faults | None:
 
 
 def _happen(fault: Fault, run_dir: Path) -> None:
+    if fault.kind in ("kill", "stop"):
+        time.sleep(0.1)  # so that where this rank was has been told
     match fault.kind:
         case "raise":
             raise InjectedError(f"injected in '{fault.stage}' of round {fault.round}")

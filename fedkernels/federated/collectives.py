@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from ..faults import Faults
 from .watch import BEAT_S, LostRankError, Watch
@@ -48,9 +49,7 @@ class Collectives:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Leave the job, telling the others with what this rank fails, if it does."""
         if self.watch is not None:
-            if error is not None and not isinstance(error, LostRankError):
-                self.watch.failed(error)
-            self.watch.close()
+            self.watch.leave(error)
 
     def at(self, round: int, stage: str) -> None:
         """Say where this rank is: it comes to a stage of a round."""
@@ -80,7 +79,7 @@ class Collectives:
         except RuntimeError as error:
             if self.watch is None:
                 raise
-            raise LostRankError(self.watch.diagnose(error)) from error
+            raise self.watch.lost(error) from error
 
     def _arrive(self, device: torch.device) -> None:
         """Meet all ranks on the host before an operation on a GPU, which nobody could be called back from."""
@@ -97,7 +96,7 @@ class Collectives:
                 if work.is_completed():  # and failed
                     raise
             if self.watch.verdict is not None:
-                raise LostRankError(self.watch.verdict)
+                raise LostRankError(self.watch.verdict, first=self.watch.first)
         work.wait()
 
     def reduce_blocks(self, sums: Tensor, blocks: Sequence[slice], holders: Sequence[Sequence[int]]) -> None:
@@ -218,19 +217,17 @@ def join(device: torch.device, timeout_s: float = 600.0, faults: Faults | None =
     # torchrun's agent holds the store, and keeps it when it starts the ranks anew; without one the first rank does.
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    prefix = f"fedkernels/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    prefix = f"fedkernels/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world_size}"
     try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            address, port, world_size, rank == 0 and not agent, timeout, wait_for_workers=False
-        )
-        watch = Watch(dist.PrefixStore(f"{prefix}/watch", store.clone()), rank, world_size, timeout_s)
-    except RuntimeError as error:
+        store: Any = TCPStore(address, port, world_size, rank == 0 and not agent, timeout, wait_for_workers=False)
+        table = PrefixStore(f"{prefix}/watch", store.clone())
+        watch = Watch(table, rank, world_size, timeout_s, holds_store=rank == 0 and not agent)
+        watch.start()
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise LostRankError(f"rank {rank} does not reach the job's store at {address}:{port}: {error}") from error
-    watch.wait_for_all()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    group = dist.PrefixStore(f"{prefix}/group", store)
+    group = PrefixStore(f"{prefix}/group", store)
     dist.init_process_group(backend, timeout=timeout, store=group, rank=rank, world_size=world_size)
-    watch.start()
     collectives = Collectives(watch, faults)
     # NCCL wants all ranks in its first operation, and a move of client state has two of them.
     collectives.all_reduce(torch.zeros(1, device=device))

@@ -1,45 +1,61 @@
 """Where every rank is, told through the store of the job, so that one that dies or hangs is named by the others.
 
-A rank writes its place, `(round, stage, collectives entered)`, when it changes and once a second from a thread of its
-own, which also looks at the next rank's. None of it is a collective: a write waits for no answer, and a job of W ranks
-costs its store 2W small messages a second. Beats are counted by who reads them, so no two clocks are compared.
+A thread writes this rank's place when it changes and once a second, and reads the next rank's and the verdict: why the
+job cannot go on, which whoever knows it first writes down for all. None of it is a collective, and the thread that
+trains waits for none of it; a job of W ranks costs its store 2W small messages a second. Signs of life are counted by
+who reads them, so no two clocks are compared.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 
-# Between two signs of life; without any for as long as SILENT_S a rank counts as dead, or after a connection broke, when
-# somebody is, CONFIRM_S. One that hangs is ended GRACE_S after the others have given up.
-BEAT_S, SILENT_S, CONFIRM_S, GRACE_S = 1.0, 30.0, 5.0, 10.0
+BEAT_S = 1.0  # between two signs of life
+SILENT_S = 30.0  # without one a rank, or the store, counts as lost
+CONFIRM_S = 4.0  # the same after a connection broke, when it is known that some rank is lost
+GRACE_S = 10.0  # a rank that has not ended so long after the verdict is ended
 VERDICT = "verdict"
 
 
 class LostRankError(RuntimeError):
-    """Other ranks failed, died, or did not come to a collective in time."""
+    """Other ranks failed, died, or did not come to a collective in time.
+
+    Attributes:
+        first: whether this rank was the first to say so.
+    """
+
+    def __init__(self, why: str, *, first: bool = True) -> None:
+        super().__init__(why)
+        self.first = first
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is: in a stage of a round, after it has entered so many collectives."""
+    """Where a rank is: in a stage of a round, after it has entered so many collectives.
+
+    Args:
+        beat: grows with every sign of life.
+        over: whether it knows that the job cannot go on.
+    """
 
     host: str
     round: int = 0
     stage: str = "start"
     collectives: int = 0
     beat: int = 0
+    over: bool = False
 
     def __str__(self) -> str:
         return f"'{self.stage}'" + (f" of round {self.round}" if self.round else "")
@@ -49,153 +65,174 @@ class Watch:
     """This rank's entry in the table of places, and what the table says of the others.
 
     Args:
-        store: a client of the job's store that nothing else waits on.
-        timeout_s: longest a collective takes, for messages.
+        store: a client of the job's store of its own; nothing here blocks who trains when the store does not answer.
+        timeout_s: longest that ranks wait for each other at the start.
+        holds_store: whether the store ends with this process.
 
     Attributes:
-        place: where this rank is.
         verdict: why the job cannot go on, the same words on every rank; None while it can.
+        first: whether this rank was the first to say so.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float) -> None:
+    def __init__(
+        self, store: Store, rank: int, world_size: int, timeout_s: float, *, holds_store: bool = False
+    ) -> None:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
-        self.place = Place(socket.gethostname())
         self.verdict: str | None = None
-        self._store = store
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
-        # Since when, on this rank's clock, each rank stands at its last beat that was seen.
-        self._seen: dict[int, tuple[int, float]] = {}
-        self._reached = time.monotonic()
+        self.first = False
+        self._store, self._holds_store = store, holds_store
+        self._place = Place(socket.gethostname())
+        self._beats = 0
+        self._entered_at = time.monotonic()
+        self._table: dict[int, Place] = {}
+        self._seen: dict[int, float] = {}  # when, on this rank's clock, the last sign of life of each was first seen
+        self._everyone = False  # whether all places are asked for, rather than the next rank's
+        self._claim: str | None = None
+        self._changed, self._closed = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._live, name="watch", daemon=True)
         store.set_timeout(timedelta(seconds=CONFIRM_S))
-        if rank == 0:  # a restart with other ranks finds the store of the attempt before
-            store.delete_key(VERDICT)
-        self._post({})
 
-    def wait_for_all(self) -> None:
-        """Return when every rank has started.
+    def start(self) -> None:
+        """Wait until every rank has come this far, then give signs of life.
 
         Raises:
             LostRankError: some did not within the time-out.
         """
+        if self.rank == 0:
+            self._store.set(VERDICT, "")
+        self._tell()
         deadline = time.monotonic() + self.timeout_s
-        while absent := [rank for rank in range(self.world_size) if not self._store.check([str(rank)])]:
+        while absent := [r for r in range(self.world_size) if not self._store.check([str(r), VERDICT])]:
             if time.monotonic() > deadline:
-                raise LostRankError(f"{_ranks(absent)} did not start within {self.timeout_s:g} s")
+                why = f"{_ranks(absent)} did not start within {self.timeout_s:g} s"
+                told = self._store.compare_set(VERDICT, "", why).decode()
+                raise LostRankError(told, first=told == why)
             time.sleep(0.05)
+        self._thread.start()
 
-    def start(self) -> None:
-        """Begin to give signs of life."""
-        threading.Thread(target=self._beat, name="watch", daemon=True).start()
-
-    def close(self) -> None:
-        """Give no more signs of life; a second call does nothing."""
+    def leave(self, error: BaseException | None) -> None:
+        """Give no more signs of life; with an error that others do not know of, tell them first."""
+        if error is not None:
+            if not isinstance(error, LostRankError):
+                text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+                self._give_up(f"rank {self.rank} (host {self._place.host}) failed in {self._place}: {text}")
+            if self._holds_store:  # and they can read why only as long as it is there
+                self._everyone = True
+                self._wait_until(lambda: all(place.over for place in self._table.values()), BEAT_S + CONFIRM_S)
         self._closed.set()
+        self._changed.set()
+        self._thread.join(BEAT_S)
 
     def at(self, round: int, stage: str) -> None:
         """Note that this rank comes to a stage."""
-        self._post({"round": round, "stage": stage})
+        self._place = replace(self._place, round=round, stage=stage)
+        self._changed.set()
 
     def enter(self) -> None:
         """Note that this rank enters a collective."""
-        self._reached = time.monotonic()
-        self._post({"collectives": self.place.collectives + 1})
+        self._entered_at = time.monotonic()
+        self._place = replace(self._place, collectives=self._place.collectives + 1)
+        self._changed.set()
 
-    def give_up(self, why: str) -> str:
-        """Tell all ranks why the job cannot go on; the reason that was told first counts, and is returned."""
-        try:
-            told = self._store.compare_set(VERDICT, "", why).decode()
-        except RuntimeError:  # the store has gone with the rank that held it
-            told = why
-        self.verdict = self.verdict or told
-        return self.verdict
-
-    def failed(self, error: BaseException) -> None:
-        """Tell all ranks that this one fails, and with what."""
-        text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-        self.give_up(f"rank {self.rank} (host {self.place.host}) failed in {self.place}: {text}")
-
-    def diagnose(self, error: BaseException) -> str:
-        """Why a collective failed here: a verdict of others, else the ranks that are silent, else those that are late.
+    def lost(self, error: BaseException) -> LostRankError:
+        """What to raise for a collective that failed here: the verdict, or else the ranks that are silent, or are late.
 
         Takes `CONFIRM_S` where nobody has said anything yet.
         """
-        mine, now = self.place, time.monotonic()
-        waited_s = now - self._reached
-        places: dict[int, Place] = {}
-        while self.verdict is None and time.monotonic() < now + CONFIRM_S + BEAT_S:
-            places = self._look(range(self.world_size))
-            time.sleep(BEAT_S / 4)
-        if self.verdict is not None:
-            return self.verdict
-        if not places:
-            return self.give_up(f"the store of the job is gone, and with it the rank or agent that held it ({error})")
-        if silent := self._silent(places, CONFIRM_S):
-            return self.give_up(_dead(silent, places))
-        if late := [rank for rank, place in places.items() if place.collectives < mine.collectives]:
-            seen = "; ".join(f"rank {rank} (host {places[rank].host}) was last seen in {places[rank]}" for rank in late)
-            return self.give_up(f"{_ranks(late)} did not reach {mine} within {waited_s:.0f} s: {seen}")
-        return self.give_up(f"a collective failed on rank {self.rank} (host {mine.host}) in {mine}: {error}")
+        mine, waited_s = self._place, time.monotonic() - self._entered_at
+        self._everyone = True
+        self._changed.set()
+        self._wait_until(lambda: self.verdict is not None, BEAT_S + CONFIRM_S)
+        if self.verdict is None:
+            late = [rank for rank, place in self._table.items() if place.collectives < mine.collectives]
+            if silent := self._silent(self._table, CONFIRM_S):
+                self._give_up(f"{_ranks(silent)} died or cannot be reached: {self._whereabouts(silent)}")
+            elif late:
+                where = self._whereabouts(late)
+                self._give_up(f"{_ranks(late)} did not reach {mine} within {waited_s:.0f} s: {where}")
+            else:
+                text = " ".join(str(error).split())
+                self._give_up(f"a collective failed on rank {self.rank} (host {mine.host}) in {mine}: {text}")
+        assert self.verdict is not None
+        return LostRankError(self.verdict, first=self.first)
 
-    def _post(self, changes: Mapping[str, Any]) -> None:
-        with self._lock:
-            self.place = replace(self.place, **changes)
-            # Where the store does not answer, the beat and the next collective find out.
-            with contextlib.suppress(RuntimeError):
-                self._store.set(str(self.rank), json.dumps(asdict(self.place)))
+    def _give_up(self, why: str) -> None:
+        """Tell all ranks why the job cannot go on, unless one has already told a reason."""
+        self._claim = why
+        self._changed.set()
+        self._wait_until(lambda: self.verdict is not None, CONFIRM_S)
+        if self.verdict is None:
+            self.verdict, self.first = why, True
 
-    def _places(self, ranks: Sequence[int]) -> dict[int, Place]:
-        """The table's entries of some ranks; nothing where the store does not answer."""
-        try:
-            found = self._store.multi_get([str(rank) for rank in ranks])
-        except RuntimeError:
-            return {}
-        return {rank: Place(**json.loads(text)) for rank, text in zip(ranks, found, strict=True)}
-
-    def _look(self, ranks: Sequence[int]) -> dict[int, Place]:
-        """Read the verdict, and of some ranks whether they have given a sign of life."""
-        try:
-            if self.verdict is None and self._store.check([VERDICT]):
-                self.verdict = self._store.get(VERDICT).decode()
-        except RuntimeError:
-            return {}
-        places = self._places(ranks)
-        now = time.monotonic()
-        for rank, place in places.items():
-            if self._seen.get(rank, (-1, 0.0))[0] != place.beat:
-                self._seen[rank] = place.beat, now
-        return places
+    def _wait_until(self, condition: Callable[[], bool], limit_s: float) -> None:
+        deadline = time.monotonic() + limit_s
+        while not condition() and self._thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def _silent(self, ranks: Iterable[int], limit_s: float) -> list[int]:
         now = time.monotonic()
-        return [rank for rank in ranks if rank != self.rank and now - self._seen.get(rank, (0, now))[1] >= limit_s]
+        return [rank for rank in ranks if rank != self.rank and now - self._seen.get(rank, now) >= limit_s]
 
-    def _beat(self) -> None:
-        following = (self.rank + 1) % self.world_size
-        answered, given_up = time.monotonic(), None
-        while not self._closed.wait(BEAT_S):
-            self._post({"beat": self.place.beat + 1})
-            # A ring is enough: of several that are silent, one follows a rank that is not, and that one asks for all.
-            suspicious = self._silent([following], SILENT_S / 2)
-            places = self._look(range(self.world_size) if suspicious else [following])
+    def _whereabouts(self, ranks: Sequence[int]) -> str:
+        found = ((rank, self._table[rank]) for rank in ranks)
+        return "; ".join(f"rank {rank} (host {place.host}) was last seen in {place}" for rank, place in found)
+
+    # From here on only the thread, once it has started, which alone uses the store.
+
+    def _live(self) -> None:
+        looked = answered = time.monotonic()
+        over_since, gone = None, False
+        while not self._closed.is_set():
+            self._changed.wait(BEAT_S / 4 if self._everyone else BEAT_S)
+            self._changed.clear()
             now = time.monotonic()
-            answered = now if places else answered
-            if now - answered >= SILENT_S:
-                self.verdict = self.verdict or f"the store of the job did not answer for {SILENT_S:g} s"
-            if self.verdict is None and self._silent([following], SILENT_S):
-                self.give_up(_dead(self._silent(places, CONFIRM_S), places))
-            if self.verdict is not None:
-                given_up = given_up or now
-                if now - given_up >= GRACE_S and not self._closed.is_set():
-                    line = f"rank {self.rank} hangs in {self.place} and ends, since the job was given up: {self.verdict}"
-                    print(f"fedkernels: error: {line}", file=sys.stderr, flush=True)
-                    os._exit(1)
+            try:
+                if not gone:
+                    self._tell()
+                    if now - looked >= BEAT_S or self._everyone:
+                        self._look()
+                        looked = now
+                    if self._claim is not None and self.verdict is None:
+                        told = self._store.compare_set(VERDICT, "", self._claim).decode()
+                        self.verdict, self.first = told, told == self._claim
+                    answered = now
+            except RuntimeError as error:
+                gone = isinstance(error, dist.DistNetworkError)
+            if self.verdict is None and (gone or now - answered >= SILENT_S):
+                self.verdict = self._claim or self._without_store()
+                self.first = True
+            over_since = now if over_since is None and self.verdict is not None else over_since
+            if over_since is not None and now - over_since >= GRACE_S and not self._closed.is_set():
+                line = f"rank {self.rank} hangs in {self._place} and ends, since the job was given up: {self.verdict}"
+                print(f"fedkernels: error: {line}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def _tell(self) -> None:
+        self._beats += 1
+        place = replace(self._place, beat=self._beats, over=self.verdict is not None)
+        self._store.set(str(self.rank), json.dumps(asdict(place)))
+
+    def _look(self) -> None:
+        following = (self.rank + 1) % self.world_size
+        # A ring is enough: of several that are silent, one follows a rank that is not, and that one asks for all.
+        everyone = self._everyone or self._silent([following], SILENT_S / 2)
+        ranks = range(self.world_size) if everyone else [following]
+        verdict, *places = self._store.multi_get([VERDICT, *map(str, ranks)])
+        self.verdict = self.verdict or verdict.decode() or None
+        now = time.monotonic()
+        for rank, text in zip(ranks, places, strict=True):
+            place = Place(**json.loads(text))
+            if rank not in self._table or place.beat != self._table[rank].beat:
+                self._seen[rank] = now
+            self._table[rank] = place
+        if self.verdict is None and self._silent([following], SILENT_S):
+            silent = self._silent(self._table, CONFIRM_S)
+            self._claim = f"{_ranks(silent)} died or cannot be reached: {self._whereabouts(silent)}"
+
+    def _without_store(self) -> str:
+        text = "the store of the job is gone, and with it the rank or agent that held it"
+        return f"{text}; rank {self.rank} (host {self._place.host}) was in {self._place}"
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def _ranks(ranks: Sequence[Any]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-
-
-def _dead(ranks: Sequence[int], places: Mapping[int, Place]) -> str:
-    where = "; ".join(f"rank {rank} (host {places[rank].host}) was last seen in {places[rank]}" for rank in ranks)
-    return f"{_ranks(ranks)} died or cannot be reached: {where}"

@@ -1,0 +1,103 @@
+"""Sums over clients that are the same bits in any order and on any number of ranks: two 64-bit integers a number.
+
+A term `t` (float64) is split onto two fixed grids, `t ≈ h 2⁻³⁰ + l 2⁻⁷³` with integers `h = ⌊t 2³⁰⌉` and
+`l = ⌊(t 2³⁰ − h) 2⁴³⌉`, and integers add up exactly, in any order and grouping.
+
+* The remainder `t 2³⁰ − h` is exact, being the difference of a float64 and the integer next to it. So the split loses
+  at most half a step of the finer grid, 2⁻⁷⁴ ≈ 5·10⁻²³, and nothing at all of a term whose last bit is worth 2⁻⁷³ or
+  more: of any `|t| ≥ 2⁻²¹`, and of a float32 from 2⁻⁵⁰ on.
+* `|l| ≤ 2⁴²`, so fewer than 2²¹ terms never overflow `Σ l`, and `Σ h` does not as long as `Σ |t| < 2³³ − 1`. Who adds N
+  terms keeps to that by refusing a term of 2³²/N or more (`limit`); every partial sum is then within bounds too.
+* `value` carries `⌊l 2⁻⁴³⌋` over to h, which makes the two a unique representation of the sum, and rounds its magnitude
+  to float64 in two additions of numbers that are not negative: to within 2⁻⁵² of it, relatively.
+
+Reference: Demmel and Nguyen, Parallel reproducible summation, IEEE Transactions on Computers 2015, which fits its grids
+to the largest term; that would take a collective of its own here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..dispatch import MISSING, Backend, Rule, choose, cpp_on_rows, require, require_scalars
+from .reference import BELOW, HIGH, exact_add_reference
+
+MAX_TERMS = 2**21 - 1
+RULES: Mapping[Backend, Rule] = {"cpp": cpp_on_rows}
+
+if MISSING["cpp"] is None:
+    torch.library.register_fake("fedkernels::exact_add_cpp", lambda *arguments: None)
+
+
+def limit(terms: int) -> float:
+    """What every one of so many terms must stay below, `2³²/N`.
+
+    Raises:
+        ValueError: more terms than `MAX_TERMS`.
+
+    Example:
+        >>> limit(1024) == 2.0**22
+        True
+    """
+    if terms > MAX_TERMS:
+        raise ValueError(f"{terms} terms, expected at most {MAX_TERMS} in an exact sum")
+    return 2.0**32 / max(terms, 1)
+
+
+def exact_add(sums: Tensor, rows: Tensor, weights: Tensor, largest: Tensor, *, backend: str | None = None) -> None:
+    """`sums ← sums + Σ_c split(w_c r_c)` and `largest ← max(largest, |w_c r_c|)`, with products in float64.
+
+    Args:
+        sums: `[2, d]` int64, h and l; rows of it may be strided.
+        rows: `[C, d]`, float32 or float64; rows may be strided.
+        weights: w, one or `[C]`, float64; rows of weight 0 are not read, whatever is in them.
+        largest: one float64; not below `limit` once it is time to read the sums, they are worthless.
+        backend: `reference` or `cpp`; by default the fastest that can run.
+
+    Raises:
+        ValueError: a tensor is on another device, or of another shape or dtype than above.
+        BackendError: the backend asked for cannot run here.
+
+    Example:
+        >>> sums, largest = torch.zeros(2, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
+        >>> exact_add(sums, torch.tensor([[0.1], [0.2], [-0.3]]), torch.ones(1, dtype=torch.float64), largest)
+        >>> value(sums).item() == sum(torch.tensor([0.1, 0.2, -0.3]).tolist())
+        True
+    """
+    if rows.dim() != 2:
+        raise ValueError(f"rows has shape {list(rows.shape)}, expected [C, d]")
+    clients, d = rows.shape
+    for name, tensor, count, dtypes in (
+        ("rows", rows, clients, (torch.float32, torch.float64)),
+        ("sums", sums, 2, (torch.int64,)),
+    ):
+        if tuple(tensor.shape) != (count, d) or (d > 1 and tensor.stride(1) != 1):
+            shape, strides = list(tensor.shape), list(tensor.stride())
+            raise ValueError(
+                f"{name} has shape {shape}, strides {strides}; expected {[count, d]}, columns side by side"
+            )
+        require(name, tensor[:0], rows, (0, d), *dtypes)
+    require_scalars("weights", weights, rows, clients)
+    require("weights", weights, rows, tuple(weights.shape), torch.float64)
+    require("largest", largest, rows, (1,), torch.float64)
+    chosen = choose("exact_add", RULES, rows.device.type, rows.dtype, tuple(rows.shape), backend).backend
+    if chosen == "cpp":
+        torch.ops.fedkernels.exact_add_cpp(sums, rows, weights, largest)
+    else:
+        exact_add_reference(sums, rows, weights, largest)
+
+
+def value(sums: Tensor) -> Tensor:
+    """The numbers `[...]` float64 that sums `[2, ...]` stand for."""
+    h, l = sums.unbind()  # noqa: E741
+    carry = l >> BELOW
+    h, l = h + carry, l - (carry << BELOW)  # noqa: E741
+    negative = h < 0
+    h, l = torch.where(negative, -h - (l > 0).long(), h), torch.where(negative & (l > 0), 2**BELOW - l, l)  # noqa: E741
+    # Each of the three parts is a float64 without rounding.
+    top = (h >> 32) << 32
+    magnitude = (top.double() + ((h - top).double() + l.double() * 2.0**-BELOW)) * 2.0**-HIGH
+    return torch.where(negative, -magnitude, magnitude)

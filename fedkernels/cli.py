@@ -17,6 +17,7 @@ import torch.distributed as dist
 from .checkpoint import CheckpointError
 from .config import CHOICES, Config, ConfigError, describe, load, make, nearest, parse_overrides, parse_value
 from .diagnostics.settings import DiagnosisSettings
+from .federated.aggregate import ExactSumError
 from .federated.engine import NonFiniteUpdateError
 from .federated.watch import LostRankError
 from .formats import format_epsilon
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (BackendError, CheckpointError, NonFiniteUpdateError, OSError) as error:
+    except (BackendError, CheckpointError, ExactSumError, NonFiniteUpdateError, OSError) as error:
         return _fail(error, 1)
     except LostRankError as error:
         if error.first:

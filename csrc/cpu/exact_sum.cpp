@@ -6,7 +6,7 @@
 namespace fedkernels {
 namespace {
 
-constexpr double kHigh = 0x1p30, kBelow = 0x1p43;  // the coarse grid is 2⁻³⁰, the fine one 2⁻⁷³
+constexpr double kHigh = 0x1p26, kBelow = 0x1p43;  // the coarse grid is 2⁻²⁶, the fine one 2⁻⁶⁹
 constexpr double kClamp = 0x1p62;                  // what is too large will be refused, but must not be undefined
 
 template <class R>

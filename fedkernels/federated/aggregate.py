@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from ..contract import Vectors
+from ..kernels.exact_sum import exact_add, limit, value
 from ..layout import Layout
 from ..privacy.mechanism import GaussianMechanism
 from ..wire import Wire
 from .collectives import Collectives
+
+
+class ExactSumError(OverflowError):
+    """A term too large for an exact sum."""
 
 
 class Aggregator:
@@ -25,17 +30,19 @@ class Aggregator:
     ranks that hold it and together with the same block of every other such wire: one message carries `[wires, block]`.
 
     Clients are added one row after another in `dtype`: with float64 sums of float32 updates the order, and so the
-    number of ranks, the placement and the batch size, leave no trace in the float32 result.
+    number of ranks, the placement and the batch size, leave no trace in the float32 result but where a sum lies as good
+    as halfway between two of its numbers. Exact sums of integers leave none at all; they take twice the bytes of
+    float64.
 
     Args:
         wires: what a client sends.
-        dtype: of the sums, and of what travels between ranks.
+        dtype: of the sums, and of what travels between ranks; int64 for exact sums.
         slots: numbers the engine sends along.
         mechanism: releases the wires, which then are all private; None where none is.
 
     Attributes:
-        slots: `[slots]`, summed over ranks by `reduce`.
-        weight: `[1]`, of the clients added, and by `reduce` of those of all ranks; 0 under privacy.
+        slots: `[slots]`, summed over ranks by `reduce`; sums over clients go there by `tally`.
+        weight: `[1]`, of the clients of all ranks, once reduced; 0 under privacy.
     """
 
     def __init__(
@@ -55,6 +62,9 @@ class Aggregator:
         self._sliced = [name for name, wire in wires.items() if wire.only_block]
         self._mechanism = mechanism
         self._dtype = dtype
+        self._exact = dtype == torch.int64
+        self._words = 2 if self._exact else 1  # that stand for a number
+        self._real = torch.float64 if self._exact else dtype
         self._heads = [slots, 1, layout.n_blocks if self._sliced else 0]
         self._sizes: list[int] = []
         for name, wire in wires.items():
@@ -67,17 +77,28 @@ class Aggregator:
         self._lay_out(0)
         # Block by block, and inside a block wire by wire.
         n = len(self._sliced)
-        self._block_sums = torch.zeros(n * self._shared.start, dtype=dtype, device=like.device)
+        self._block_sums = torch.zeros(self._words * n * self._shared.start, dtype=dtype, device=like.device)
+        n *= self._words
         self._messages = [slice(n * block.start, n * block.stop) for block in self._blocks]
 
     def _lay_out(self, cohort: int) -> None:
-        sizes = [*self._heads, *self._sizes, cohort]
+        # The last counts the ranks that met a term too large for an exact sum.
+        sizes = [self._words * n for n in (*self._heads, *self._sizes, cohort)] + [int(self._exact)]
         if sum(sizes) > len(self._memory):
             self._memory = torch.zeros(sum(sizes), dtype=self._dtype, device=self._like.device)
         self.bucket = self._memory[: sum(sizes)]
-        self.slots, self.weight, self._block_weights, *payloads, self._norms = self.bucket.split(sizes)
+        *parts, self._refused = self.bucket.split(sizes)
+        slots, self._weight, self._block_weights, *payloads, norms = (part.view(self._words, -1) for part in parts)
         self._sums = dict(zip(self._wires, payloads, strict=True))
-        self._payload = self.bucket[sum(self._heads) : sum(sizes) - cohort]
+        self.slots, self._norms = slots[0], norms[0]
+        self._own: list[tuple[Tensor, Tensor]] = []
+        if self._exact:
+            # What one rank alone writes: it enters the sums once it is complete.
+            self.slots, self._norms = (torch.zeros_like(part[0], dtype=self._real) for part in (slots, norms))
+            self._own = [(slots, self.slots), (norms, self._norms)]
+            self._slot_sums = slots
+        self._largest = self._like.new_zeros(1, dtype=torch.float64)
+        self._one = torch.ones_like(self._largest)
         self._noise: Tensor | None = None
 
     def reset(self, cohort: int = 0) -> None:
@@ -85,6 +106,11 @@ class Aggregator:
         if self._mechanism is not None and cohort != len(self._norms):
             self._lay_out(cohort)
         self.bucket.zero_()
+        for _, numbers in self._own:
+            numbers.zero_()
+        self._largest.zero_()
+        # Of every sum, the noise and what this rank alone writes included.
+        self._limit = limit(cohort + 2)
         self._noise = None
         self._block_sums.zero_()
 
@@ -93,20 +119,38 @@ class Aggregator:
         if self._mechanism is not None:
             self._add_clipped({name: up[name][c] for name in self._wires}, position, self._mechanism)
             return
-        self.weight += weight
+        self._add(self._weight, self._one, weight)
         if block is not None:
-            self._block_weights[block] += weight
+            self._add(self._block_weights[:, block : block + 1], self._one, weight)
         for name, wire in self._wires.items():
             row = up[name][c]
             scale = weight if wire.reduce == "mean" else 1.0
             if wire.only_block and block is not None:
-                self._block_sum(name, block).add_(row[self._blocks[block]], alpha=scale)
+                self._add(self._block_sum(name, block), row[self._blocks[block]], scale)
                 row = row[self._shared]
-            self._sums[name].add_(row, alpha=scale)
+            self._add(self._sums[name], row, scale)
+
+    def tally(self, slot: int, values: Tensor) -> None:
+        """Add numbers of several clients `[C]` to a slot."""
+        if self._exact:
+            exact_add(self._slot_sums[:, slot : slot + 1], values.unsqueeze(1), self._one, self._largest)
+        else:
+            self.slots[slot] += values.sum()
+
+    def _add(self, sums: Tensor, row: Tensor, weight: float) -> None:
+        """Add a weighted row `[n]` to the sums `[words, n]`."""
+        if self._exact:
+            exact_add(sums, row.unsqueeze(0), torch.full_like(self._largest, weight), self._largest)
+        else:
+            sums[0].add_(row, alpha=weight)
+
+    def _total(self, sums: Tensor) -> Tensor:
+        """The numbers `[...]` that sums `[words, ...]` stand for."""
+        return value(sums) if self._exact else sums[0]
 
     def _block_sum(self, name: str, block: int) -> Tensor:
         sums = self._block_sums[self._messages[block]]
-        return sums.view(len(self._sliced), -1)[self._sliced.index(name)]
+        return sums.view(self._words, len(self._sliced), -1)[:, self._sliced.index(name)]
 
     def _add_clipped(self, row: Mapping[str, Tensor], position: int, mechanism: GaussianMechanism) -> None:
         """One norm over all wires: clipped apart, k wires would add up to √k C."""
@@ -115,30 +159,47 @@ class Aggregator:
         self._norms[position] = norm
         factor = mechanism.clip_factor(norm)
         for name, part in row.items():
-            self._sums[name] += part.to(self._dtype) * factor
+            self._add(self._sums[name], part.to(self._real) * factor, 1.0)
 
     def add_noise(self, r: int) -> None:
         """Add the noise of round `r` to this rank's partial sums: on one rank alone, and once."""
         assert self._mechanism is not None
-        self._noise = self._mechanism.noise(r, len(self._payload)).to(self._payload)
-        self._payload += self._noise
+        self._noise = self._mechanism.noise(r, sum(self._sizes)).to(self._like.device, self._real)
+        for sums, noise in zip(self._sums.values(), self._noise.split(self._sizes), strict=True):
+            self._add(sums, noise, 1.0)
 
     def reduce(self, collectives: Collectives, holders: Sequence[Sequence[int]]) -> Vectors:
         """The aggregated wires, on every rank.
 
         Args:
             holders: per block the ranks that trained a client of it, ascending; only read for sliced wires.
+
+        Raises:
+            ExactSumError: on every rank, where one met a term too large.
         """
+        for sums, numbers in self._own:
+            self._add(sums, numbers, 1.0)
+        if self._exact:
+            self._refused += (self._largest >= self._limit).long()
         collectives.all_reduce(self.bucket)
+        for sums, numbers in self._own:
+            numbers.copy_(value(sums))
+        if self._exact and self._refused.item():
+            raise ExactSumError(
+                f"reduction: exact takes numbers below {self._limit:g} from so many clients, times their weights, and "
+                f"{self._refused.item()} rank(s) met a larger one; use reduction: fast"
+            )
         if self._sliced:
             collectives.reduce_blocks(self._block_sums, self._messages, holders)
-        weight = self.weight.clamp(min=torch.finfo(self.bucket.dtype).tiny)
+        self.weight = self._total(self._weight)
+        weight = self.weight.clamp(min=torch.finfo(self._real).tiny)
         # A block without clients has sum 0 and weight 0: its mean is 0.
-        block_weights = torch.where(self._block_weights > 0, self._block_weights, 1)
+        block_weights = self._total(self._block_weights)
+        block_weights = torch.where(block_weights > 0, block_weights, 1)
         agg: dict[str, Tensor] = {}
         for name, wire in self._wires.items():
             mean = wire.reduce == "mean"
-            total = self._sums[name]
+            total = self._total(self._sums[name])
             if self._mechanism is not None:
                 total = total / self._mechanism.divisor
             elif mean:
@@ -147,7 +208,7 @@ class Aggregator:
                 shared, total = total, self._like.new_empty(self._layout.d)
                 total[self._shared] = shared
                 for b, block in enumerate(self._blocks):
-                    part = self._block_sum(name, b)
+                    part = self._total(self._block_sum(name, b))
                     total[block] = part / block_weights[b] if mean else part
             # Numbers for metrics may be differences of large sums, so they keep the precision of the sums.
             agg[name] = total if wire.diagnostic else total.to(self._like.dtype)
@@ -168,8 +229,9 @@ class Aggregator:
         # Who was left out has norm 0, and so does an update of zeros: either way the largest are those that count.
         norms = self._norms.double().sort(descending=True).values[:clients]
         quantiles = norms.quantile(norms.new_tensor([0.1, 0.5, 0.9])).tolist()
-        signal = float((self._payload - self._noise).norm())
-        noise = self._mechanism.scale * math.sqrt(len(self._payload))
+        payload = torch.cat([self._total(sums) for sums in self._sums.values()])
+        signal = float((payload - self._noise).norm())
+        noise = self._mechanism.scale * math.sqrt(len(payload))
         return {
             "clipped_fraction": float((norms > self._mechanism.clip).double().mean()),
             **dict(zip(names, quantiles, strict=True)),

@@ -117,7 +117,7 @@ class Engine:
             self.wires,
             self.layout,
             x,
-            getattr(torch, settings.reduce_dtype),
+            torch.int64 if settings.reduction == "exact" else getattr(torch, settings.reduce_dtype),
             N_SLOTS + 2 * self.collectives.world_size,
             self.mechanism,
         )
@@ -361,7 +361,7 @@ class Engine:
             up = self._encoder(up, ids, mine, self.round, finite, stored)
             finite = [sent and decoded for sent, decoded in zip(finite, self._finite_rows(up), strict=True)]
         stored |= {name: keep[name] for name in self.algorithm.keep}
-        bad, weighted_steps = [], 0.0
+        bad, weighted_steps = [], [0.0] * len(ids)
         for c, (client, steps) in enumerate(zip(ids, self.batches.steps(ids).tolist(), strict=True)):
             if not finite[c]:
                 bad.append(f"client {client} sent NaN or infinity in round {self.round + 1}")
@@ -371,14 +371,14 @@ class Engine:
                 continue
             weight = float(self.sizes[client]) if self.settings.weighting == "samples" else 1.0
             aggregator.add(up, c, weight, mine[c], positions[c])
-            weighted_steps += weight * steps
+            weighted_steps[c] = weight * steps
             if self.store.names:
                 self.store.put([client], {name: stored[name][c : c + 1] for name in self.store.names})
         kept = torch.tensor(finite, device=task.loss_sum.device)
-        aggregator.slots[LOSS_SUM] += torch.where(kept, task.loss_sum, 0).sum()
-        aggregator.slots[LOSS_COUNT] += torch.where(kept, task.loss_count, 0).sum()
+        aggregator.tally(LOSS_SUM, torch.where(kept, task.loss_sum, 0))
+        aggregator.tally(LOSS_COUNT, torch.where(kept, task.loss_count, 0))
+        aggregator.tally(STEPS, aggregator.slots.new_tensor(weighted_steps))
         aggregator.slots[CLIENTS] += sum(finite)
-        aggregator.slots[STEPS] += weighted_steps
         return bad
 
     def _check_up(self, up: Mapping[str, Tensor], clients: int) -> None:

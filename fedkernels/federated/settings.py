@@ -25,6 +25,7 @@ class EngineSettings:
         clients_per_batch: clients a rank trains at once; None lets the evaluator decide.
         placement: `estimated` balances local steps over ranks, `measured` also each rank's measured speed.
         reduce_dtype: of sums over clients; `float64` makes float32 results independent of ranks and their order.
+        reduction: `exact` sums integers, whose sum no number and order of ranks can change; `fast` sums `reduce_dtype`.
         store_memory_bytes: client state held in memory per rank before pages are mapped from files.
         privacy: how an algorithm's private wires are released; they need it, and no other wires may be there with it.
     """
@@ -43,6 +44,7 @@ class EngineSettings:
     clients_per_batch: int | None = None
     placement: Literal["estimated", "measured"] = "estimated"
     reduce_dtype: Literal["float64", "float32"] = "float64"
+    reduction: Literal["exact", "fast"] = "fast"
     on_nonfinite: Literal["error", "drop_client"] = "error"
     store_memory_bytes: float = 2.0**30
     privacy: Privacy | None = None

@@ -1,13 +1,13 @@
 """Sums over clients that are the same bits in any order and on any number of ranks: two 64-bit integers a number.
 
-A term `t` (float64) is split onto two fixed grids, `t ≈ h 2⁻³⁰ + l 2⁻⁷³` with integers `h = ⌊t 2³⁰⌉` and
-`l = ⌊(t 2³⁰ − h) 2⁴³⌉`, and integers add up exactly, in any order and grouping.
+A term `t` (float64) is split onto two fixed grids, `t ≈ h 2⁻²⁶ + l 2⁻⁶⁹` with integers `h = ⌊t 2²⁶⌉` and
+`l = ⌊(t 2²⁶ − h) 2⁴³⌉`, and integers add up exactly, in any order and grouping.
 
-* The remainder `t 2³⁰ − h` is exact, being the difference of a float64 and the integer next to it. So the split loses
-  at most half a step of the finer grid, 2⁻⁷⁴ ≈ 5·10⁻²³, and nothing at all of a term whose last bit is worth 2⁻⁷³ or
-  more: of any `|t| ≥ 2⁻²¹`, and of a float32 from 2⁻⁵⁰ on.
-* `|l| ≤ 2⁴²`, so fewer than 2²¹ terms never overflow `Σ l`, and `Σ h` does not as long as `Σ |t| < 2³³ − 1`. Who adds N
-  terms keeps to that by refusing a term of 2³²/N or more (`limit`); every partial sum is then within bounds too.
+* The remainder `t 2²⁶ − h` is exact, being the difference of a float64 and the integer next to it. So the split loses
+  at most half a step of the finer grid, 2⁻⁷⁰ ≈ 8·10⁻²², and nothing at all of a term whose last bit is worth 2⁻⁶⁹ or
+  more: of any `|t| ≥ 2⁻¹⁷`, and of a float32 from 2⁻⁴⁶ on.
+* `|l| ≤ 2⁴²`, so fewer than 2²¹ terms never overflow `Σ l`, and `Σ h` does not as long as `Σ |t| < 2³⁷ − 1`. Who adds N
+  terms keeps to that by refusing a term of 2³⁶/N or more (`limit`); every partial sum is then within bounds too.
 * `value` carries `⌊l 2⁻⁴³⌋` over to h, which makes the two a unique representation of the sum, and rounds its magnitude
   to float64 in two additions of numbers that are not negative: to within 2⁻⁵² of it, relatively.
 
@@ -33,18 +33,18 @@ if MISSING["cpp"] is None:
 
 
 def limit(terms: int) -> float:
-    """What every one of so many terms must stay below, `2³²/N`.
+    """What every one of so many terms must stay below, `2³⁶/N`.
 
     Raises:
         ValueError: more terms than `MAX_TERMS`.
 
     Example:
-        >>> limit(1024) == 2.0**22
+        >>> limit(1024) == 2.0**26
         True
     """
     if terms > MAX_TERMS:
         raise ValueError(f"{terms} terms, expected at most {MAX_TERMS} in an exact sum")
-    return 2.0**32 / max(terms, 1)
+    return 2.0**36 / max(terms, 1)
 
 
 def exact_add(sums: Tensor, rows: Tensor, weights: Tensor, largest: Tensor, *, backend: str | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HIGH, BELOW = 30, 43  # the coarse grid is 2^-HIGH, and the fine one has BELOW bits more
+HIGH, BELOW = 26, 43  # the coarse grid is 2^-HIGH, and the fine one has BELOW bits more
 CLAMP = 2.0**62  # keeps what is too large, and will be refused, from undefined conversions
 
 

@@ -8,14 +8,14 @@ benchmark.
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
+import round_tail
 import torch
-from common import arguments, report, spread
+from common import arguments, report
 from torch import Tensor
+from turns import Variant, in_turns
 
 from fedkernels.kernels.fused_adamw import fused_adamw
 from fedkernels.kernels.fused_sam import fused_sam
@@ -60,15 +60,6 @@ class Problem:
             state = {"step": torch.tensor(0.0, device=row.device), "exp_avg": m, "exp_avg_sq": v}
             optimizer.state[row] = {"momentum_buffer": m} if kind is torch.optim.SGD else state
         return optimizer
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A way to do the step: `run` returns the new parameters; `bytes` is what it has to move per parameter."""
-
-    name: str
-    bytes: float
-    run: Callable[[], Tensor | Sequence[Tensor]]
 
 
 def true_step(p: Problem, seen: int, alpha: float, *, sgd: bool) -> tuple[Tensor, Tensor]:
@@ -209,19 +200,6 @@ def check(p: Problem, variant: Variant, *, sgd: bool, seen: int, alpha: float) -
     return error
 
 
-def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 @torch.no_grad()
 def measure(op: str, name: str, gradient: torch.dtype, device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """Times of all variants of one problem, the first being ours."""
@@ -233,31 +211,18 @@ def measure(op: str, name: str, gradient: torch.dtype, device: torch.device, rep
     errors = [check(p, variant, **truth) for variant in variants]
     p.reset()
     copy = Variant("copy", 8, lambda: p.buffer.copy_(p.y))
-    everything = [copy, *variants]
-    times: list[list[float]] = [[] for _ in everything]
-    for r in range(repeats + 1):
-        for i in range(len(everything))[:: 1 if r % 2 == 0 else -1]:
-            elapsed = seconds(everything[i].run, device)
-            if r > 0:  # the first turn warms up
-                times[i].append(elapsed)
-    results = []
-    for variant, taken, error in zip(variants, times[1:], errors, strict=True):
-        rate = [variant.bytes * clients * d / t / 1e9 for t in taken]
-        copied = [8 * clients * d / t / 1e9 for t in times[0]]
-        results.append({
-            "op": op, "shape": name, "clients": clients, "d": d, "gradient": str(gradient).removeprefix("torch."),
-            "device": device.type, "threads": torch.get_num_threads(), "variant": variant.name,
-            "bytes": variant.bytes, "error": error, "times_s": taken, "copy_times_s": times[0],
-            "time_s": spread(taken), "gb_per_s": spread(rate),
-            "of_copy": spread([a / b for a, b in zip(rate, copied, strict=True)]),
-            "ours_is_faster": spread([t / ours for t, ours in zip(taken, times[1], strict=True)]),
-        })  # fmt: skip
-    return results
+    shared = {
+        "op": op, "shape": name, "clients": clients, "d": d, "gradient": str(gradient).removeprefix("torch."),
+        "device": device.type, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    return [shared | result for result in in_turns(copy, variants, errors, clients * d, device, repeats)]
 
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--op", nargs="+", choices=["adamw", "sam_adamw", "sam_sgd"], default=["adamw", "sam_adamw"])
+    parser.add_argument(
+        "--op", nargs="+", choices=["adamw", "sam_adamw", "sam_sgd", "round_tail"], default=["adamw", "sam_adamw"]
+    )
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["vit_tiny x 10", "vit_b"])
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"], help="of gradients")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -268,13 +233,17 @@ def main() -> None:
     rows, details = [], []
     for op in options.op:
         for name in options.shape:
-            for dtype in options.dtype:
+            for dtype in options.dtype if op != "round_tail" else ["float32"]:
                 for threads in options.threads if device.type == "cpu" else [1]:
                     torch.set_num_threads(threads)
-                    for result in measure(op, name, getattr(torch, dtype), device, options.repeats):
+                    if op == "round_tail":
+                        results = round_tail.measure(name, device, options.repeats)
+                    else:
+                        results = measure(op, name, getattr(torch, dtype), device, options.repeats)
+                    for result in results:
                         ratio = result["ours_is_faster"]
                         rows.append([
-                            op, name, dtype, threads, result["variant"], f"{result['bytes']:g}",
+                            result["op"], name, dtype, threads, result["variant"], f"{result['bytes']:g}",
                             f"{1e3 * result['time_s']['median']:.1f}", f"{result['gb_per_s']['median']:.1f}",
                             f"{result['of_copy']['median']:.2f}",
                             f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",

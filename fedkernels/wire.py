@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from .kernels.round_tail import Draws
 from .layout import Layout, Slab
 
 
@@ -54,16 +56,28 @@ class Codec(Protocol):
         """Bytes of the message, where a float of the wire has `itemsize`."""
         ...
 
-    def encode(self, values: Tensor, payload: Payload, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def encode(self, values: Tensor, payload: Payload, draws: Draws) -> tuple[Tensor, ...]:
         """The message for finite `values [size]`: tensors of the dtypes that are sent, `n_bytes` in all.
 
         Args:
-            generator: on the device of `values`, for this client, wire and round alone.
+            draws: what random numbers follow from, of this client, wire and round alone.
         """
         ...
 
     def decode(self, message: tuple[Tensor, ...], payload: Payload, dtype: torch.dtype) -> Tensor:
         """The values `[size]` in `dtype` that the server makes of a message."""
+        ...
+
+    def transmit(self, rows: Tensor, payloads: Sequence[Payload], draws: Draws, residual: Tensor | None) -> Tensor:
+        """What the server decodes of the messages of `C` clients, `[C, d]`; zero where nothing is sent.
+
+        A row with NaN or infinity among what is sent has one in what is decoded, too.
+
+        Args:
+            rows: what the clients mean to send, `[C, d]`.
+            payloads: the part of its row that each sends.
+            residual: `[C, d]`, added to it; what the codec loses becomes the new one, in place.
+        """
         ...
 
     def notes(self, payload: Payload) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..contract import Vectors
 from ..kernels.exact_sum import exact_add, limit, value
+from ..kernels.round_tail import accumulate, square_sums
 from ..layout import Layout
 from ..privacy.mechanism import GaussianMechanism
 from ..wire import Wire
@@ -114,35 +115,56 @@ class Aggregator:
         self._noise = None
         self._block_sums.zero_()
 
-    def add(self, up: Mapping[str, Tensor], c: int, weight: float, block: int | None, position: int = 0) -> None:
-        """Add client `c` of an upload `[C, size]`, with its weight, its block, and its position in the cohort."""
-        if self._mechanism is not None:
-            self._add_clipped({name: up[name][c] for name in self._wires}, position, self._mechanism)
-            return
-        self._add(self._weight, self._one, weight)
-        if block is not None:
-            self._add(self._block_weights[:, block : block + 1], self._one, weight)
-        for name, wire in self._wires.items():
-            row = up[name][c]
-            scale = weight if wire.reduce == "mean" else 1.0
-            if wire.only_block and block is not None:
-                self._add(self._block_sum(name, block), row[self._blocks[block]], scale)
-                row = row[self._shared]
-            self._add(self._sums[name], row, scale)
+    def add(
+        self,
+        up: Mapping[str, Tensor],
+        weights: Sequence[float],
+        blocks: Sequence[int | None],
+        positions: Sequence[int],
+    ) -> list[bool]:
+        """Add the uploads `[C, size]` of clients with their weights, blocks, and positions in the cohort.
 
-    def tally(self, slot: int, values: Tensor) -> None:
+        Returns:
+            Whether what each sent is finite; what is not is left out, as if the client had not come.
+        """
+        if self._mechanism is not None:
+            return self._add_clipped(up, positions, self._mechanism)
+        finite = _finite_rows(up)
+        # A client of weight 0 is not read, whatever it sent.
+        heard = torch.tensor(weights, dtype=torch.float64).where(torch.tensor(finite), 0)
+        everyone = heard.to(self._like.device)
+        by_block = {
+            block: heard.where(torch.tensor([other == block for other in blocks]), 0).to(self._like.device)
+            for block in set(blocks)
+            if block is not None
+        }
+        ones = self._like.new_ones(len(finite), 1)
+        self._add(self._weight, ones, everyone)
+        for block, members in by_block.items():
+            self._add(self._block_weights[:, block : block + 1], ones, members)
+        for name, wire in self._wires.items():
+            scale = torch.clone if wire.reduce == "mean" else torch.sign
+            rows = up[name]
+            if wire.only_block:
+                for block, members in by_block.items():
+                    self._add(self._block_sum(name, block), rows[:, self._blocks[block]], scale(members))
+                rows = rows[:, self._shared]
+            self._add(self._sums[name], rows, scale(everyone))
+        return finite
+
+    def tally(self, slot: int, numbers: Tensor) -> None:
         """Add numbers of several clients `[C]` to a slot."""
         if self._exact:
-            exact_add(self._slot_sums[:, slot : slot + 1], values.unsqueeze(1), self._one, self._largest)
+            self._add(self._slot_sums[:, slot : slot + 1], numbers.unsqueeze(1), self._one)
         else:
-            self.slots[slot] += values.sum()
+            self.slots[slot] += numbers.sum()
 
-    def _add(self, sums: Tensor, row: Tensor, weight: float) -> None:
-        """Add a weighted row `[n]` to the sums `[words, n]`."""
+    def _add(self, sums: Tensor, rows: Tensor, weights: Tensor) -> None:
+        """Add weighted rows `[C, n]` to the sums `[words, n]`; rows of weight 0 are not read."""
         if self._exact:
-            exact_add(sums, row.unsqueeze(0), torch.full_like(self._largest, weight), self._largest)
+            exact_add(sums, rows, weights, self._largest)
         else:
-            sums[0].add_(row, alpha=weight)
+            accumulate(sums[0], rows, weights)
 
     def _total(self, sums: Tensor) -> Tensor:
         """The numbers `[...]` that sums `[words, ...]` stand for."""
@@ -152,21 +174,26 @@ class Aggregator:
         sums = self._block_sums[self._messages[block]]
         return sums.view(self._words, len(self._sliced), -1)[:, self._sliced.index(name)]
 
-    def _add_clipped(self, row: Mapping[str, Tensor], position: int, mechanism: GaussianMechanism) -> None:
+    def _add_clipped(
+        self, up: Mapping[str, Tensor], positions: Sequence[int], mechanism: GaussianMechanism
+    ) -> list[bool]:
         """One norm over all wires: clipped apart, k wires would add up to √k C."""
-        norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in row.values()]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        self._norms[position] = norm
-        factor = mechanism.clip_factor(norm)
-        for name, part in row.items():
-            self._add(self._sums[name], part.to(self._real) * factor, 1.0)
+        norms = torch.stack([square_sums(up[name]) for name in self._wires]).sum(0).sqrt()
+        # A sum of squares shows NaN and infinity. Beyond 1e154 squares overflow too, and such a row is left out.
+        finite = norms.isfinite()
+        norms = torch.where(finite, norms, 0)
+        self._norms[torch.tensor(positions, device=norms.device)] = norms.to(self._real)
+        factors = torch.where(finite, mechanism.clip_factor(norms), 0)
+        for name in self._wires:
+            self._add(self._sums[name], up[name], factors)
+        return finite.tolist()
 
     def add_noise(self, r: int) -> None:
         """Add the noise of round `r` to this rank's partial sums: on one rank alone, and once."""
         assert self._mechanism is not None
         self._noise = self._mechanism.noise(r, sum(self._sizes)).to(self._like.device, self._real)
         for sums, noise in zip(self._sums.values(), self._noise.split(self._sizes), strict=True):
-            self._add(sums, noise, 1.0)
+            self._add(sums, noise.unsqueeze(0), self._one)
 
     def reduce(self, collectives: Collectives, holders: Sequence[Sequence[int]]) -> Vectors:
         """The aggregated wires, on every rank.
@@ -178,7 +205,7 @@ class Aggregator:
             ExactSumError: on every rank, where one met a term too large.
         """
         for sums, numbers in self._own:
-            self._add(sums, numbers, 1.0)
+            self._add(sums, numbers.unsqueeze(0), self._one)
         if self._exact:
             self._refused += (self._largest >= self._limit).long()
         collectives.all_reduce(self.bucket)
@@ -237,6 +264,15 @@ class Aggregator:
             **dict(zip(names, quantiles, strict=True)),
             "noise_to_signal": noise / signal if signal else math.inf,
         }
+
+
+def _finite_rows(up: Mapping[str, Tensor]) -> list[bool]:
+    """Whether what each client sends is finite."""
+    # A finite sum has finite terms. Another one may just have overflowed, which in float64 no sane update does.
+    totals = torch.stack([value.sum(1) for value in up.values()])
+    if not torch.isfinite(totals).all():
+        totals = torch.stack([value.sum(1, dtype=torch.float64) for value in up.values()])
+    return torch.isfinite(totals).all(0).tolist()
 
 
 def protocol_bytes(

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ..kernels.round_tail import Draws, Spans, encode_bf16, encode_int8
 from ..layout import Layout, Slab
 from ..rng import Purpose, stream
 from ..wire import Codec, Payload, Wire
@@ -18,11 +18,40 @@ from ..wire import Codec, Payload, Wire
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
+def _spans(payloads: Sequence[Payload], d: int, device: torch.device) -> Spans | None:
+    """The parts of rows of `d` values that clients send; None where all send whole rows."""
+    if all(payload.spans == (slice(0, d),) for payload in payloads):
+        return None
+    return Spans.of([payload.spans for payload in payloads], device)
+
+
+class _OneByOne:
+    """Transmits the messages of clients one after another."""
+
+    def transmit(
+        self: Codec, rows: Tensor, payloads: Sequence[Payload], draws: Draws, residual: Tensor | None
+    ) -> Tensor:
+        decoded = torch.zeros_like(rows)
+        finite = rows.sum(1, dtype=torch.float64).isfinite().tolist()
+        for c, payload in enumerate(payloads):
+            if not finite[c]:
+                decoded[c] = torch.nan
+                continue
+            values = payload.take(rows[c])
+            if residual is not None:
+                values = values + payload.take(residual[c])
+            received = self.decode(self.encode(values, payload, draws), payload, values.dtype)
+            payload.put(decoded[c], received)
+            if residual is not None:
+                payload.put(residual[c], values - received)
+        return decoded
+
+
 @dataclass(frozen=True, kw_only=True)
 class Int8:
     """Stochastic rounding to 8 bits, with one scale per chunk of values.
 
-    `s = max|v|/127` of a chunk, `q = ⌊v/s + u⌋` with u uniform in [0, 1), decoded as `s q`: unbiased, for values within
+    `s = max|v|/127` of a chunk, `q = ⌊v/s + u⌋` with u uniform in (0, 1), decoded as `s q`: unbiased, for values within
     the range of float32. Beyond it they saturate.
 
     Args:
@@ -37,23 +66,28 @@ class Int8:
     error_feedback: bool = False
 
     def n_bytes(self, payload: Payload, itemsize: int) -> int:
-        return payload.size + 4 * -(-payload.size // self.chunk)
+        return payload.size + 4 * self._chunks(payload)
 
-    def encode(self, values: Tensor, payload: Payload, generator: torch.Generator) -> tuple[Tensor, ...]:
-        chunks = F.pad(values, (0, -len(values) % self.chunk)).view(-1, self.chunk)
-        limits = torch.finfo(torch.float32)
-        # From the smallest normal number on: a chunk of zeros divides by something, and tinier values stay unbiased.
-        scale = (chunks.abs().amax(1, keepdim=True) / 127).clamp(limits.tiny, limits.max / 128).float()
-        u = torch.rand(chunks.shape, generator=generator, dtype=chunks.dtype, device=chunks.device)
-        q = u.add_(chunks / scale).floor_().clamp_(-127, 127)
-        return q.to(torch.int8).flatten()[: len(values)], scale.flatten()
+    def encode(self, values: Tensor, payload: Payload, draws: Draws) -> tuple[Tensor, ...]:
+        q = values.new_empty(1, len(values), dtype=torch.int8)
+        scale = values.new_empty(1, self._chunks(payload), dtype=torch.float32)
+        encode_int8(values[None], draws=draws, chunk=self.chunk, payload=q, scale=scale)
+        return q[0], scale[0]
 
     def decode(self, message: tuple[Tensor, ...], payload: Payload, dtype: torch.dtype) -> Tensor:
         q, scale = message
         return q.to(dtype).mul_(scale.to(dtype).repeat_interleave(self.chunk)[: len(q)])
 
+    def transmit(self, rows: Tensor, payloads: Sequence[Payload], draws: Draws, residual: Tensor | None) -> Tensor:
+        spans, decoded = _spans(payloads, rows.shape[1], rows.device), torch.zeros_like(rows)
+        encode_int8(rows, draws=draws, chunk=self.chunk, spans=spans, residual=residual, decoded=decoded)
+        return decoded
+
     def notes(self, payload: Payload) -> list[str]:
         return []
+
+    def _chunks(self, payload: Payload) -> int:
+        return -(-payload.size // self.chunk)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +99,23 @@ class Bf16:
     def n_bytes(self, payload: Payload, itemsize: int) -> int:
         return 2 * payload.size
 
-    def encode(self, values: Tensor, payload: Payload, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def encode(self, values: Tensor, payload: Payload, draws: Draws) -> tuple[Tensor, ...]:
         return (values.bfloat16(),)
 
     def decode(self, message: tuple[Tensor, ...], payload: Payload, dtype: torch.dtype) -> Tensor:
         return message[0].to(dtype)
+
+    def transmit(self, rows: Tensor, payloads: Sequence[Payload], draws: Draws, residual: Tensor | None) -> Tensor:
+        spans, decoded = _spans(payloads, rows.shape[1], rows.device), torch.zeros_like(rows)
+        encode_bf16(rows, spans=spans, residual=residual, decoded=decoded)
+        return decoded
 
     def notes(self, payload: Payload) -> list[str]:
         return []
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopK:
+class TopK(_OneByOne):
     """The values of largest magnitude and where they are; the others are zero to the server.
 
     Args:
@@ -96,7 +135,7 @@ class TopK:
     def n_bytes(self, payload: Payload, itemsize: int) -> int:
         return self.kept(payload) * (itemsize + 4)
 
-    def encode(self, values: Tensor, payload: Payload, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def encode(self, values: Tensor, payload: Payload, draws: Draws) -> tuple[Tensor, ...]:
         at = values.abs().topk(self.kept(payload), sorted=False).indices
         return values[at], at.int()
 
@@ -112,7 +151,7 @@ class TopK:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRank:
+class LowRank(_OneByOne):
     """A truncated singular value decomposition `U S Vᵀ` of every matrix; what is no matrix is sent as it is.
 
     A matrix of m rows and n columns is sent at rank `r = max(1, ⌊ρmn/(m+n+1)⌋)`, that is as r(m+n+1) floats, or whole
@@ -141,7 +180,7 @@ class LowRank:
         )
         return (payload.size - saved) * itemsize
 
-    def encode(self, values: Tensor, payload: Payload, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def encode(self, values: Tensor, payload: Payload, draws: Draws) -> tuple[Tensor, ...]:
         message = [values[whole] for whole in self._whole(payload)]
         for slab, r in self._cut(payload):
             matrices = values[slab.start : slab.stop].view(slab.count, slab.rows, slab.cols)
@@ -231,34 +270,22 @@ class Encoder:
         clients: Sequence[int],
         blocks: Sequence[int | None],
         r: int,
-        finite: Sequence[bool],
         kept: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """The uploads as decoded, in new tensors; rows of clients that are not finite are zero.
+        """The uploads as decoded, in new tensors; what is not finite stays so, and what is not sent is zero.
 
         Args:
             up: what the clients send, `[C, size]` each.
             clients: their ids.
             blocks: the block of each, None where wires are whole.
             r: the round.
-            finite: whether what each sends is finite.
             kept: the residuals `[C, d]` by name, updated in place.
         """
         decoded = dict(up)
+        secret = int(stream(self._seed, Purpose.CODEC, r).integers(2**63))
         for number, name, wire, codec in self._coded:
-            decoded[name] = torch.zeros_like(up[name])
-            for c, client in enumerate(clients):
-                if not finite[c]:
-                    continue
-                payload = wire.payload(self._layout, blocks[c])
-                values = payload.take(up[name][c])
-                residual = kept[self.residuals[name]][c] if name in self.residuals else None
-                if residual is not None:
-                    values = values + payload.take(residual)
-                generator = torch.Generator(values.device)
-                generator.manual_seed(int(stream(self._seed, Purpose.CODEC, r, client, number).integers(2**63)))
-                received = codec.decode(codec.encode(values, payload, generator), payload, values.dtype)
-                payload.put(decoded[name][c], received)
-                if residual is not None:
-                    payload.put(residual, values - received)
+            key, ids = (torch.tensor(value, device=up[name].device) for value in (secret, list(clients)))
+            payloads = [wire.payload(self._layout, block) for block in blocks]
+            residual = kept[self.residuals[name]] if name in self.residuals else None
+            decoded[name] = codec.transmit(up[name], payloads, Draws(key, ids, number), residual)
         return decoded

@@ -355,31 +355,29 @@ class Engine:
         self._check_up(up, len(ids))
         if self.collectives.faults is not None:
             self.collectives.faults.spoil(up, self.round + 1)
-        finite = self._finite_rows(up)
         if self._encoder:
-            # Before, since a codec may hide what is not finite; and after, since one may overflow.
-            up = self._encoder(up, ids, mine, self.round, finite, stored)
-            finite = [sent and decoded for sent, decoded in zip(finite, self._finite_rows(up), strict=True)]
+            up = self._encoder(up, ids, mine, self.round, stored)
         stored |= {name: keep[name] for name in self.algorithm.keep}
-        bad, weighted_steps = [], [0.0] * len(ids)
-        for c, (client, steps) in enumerate(zip(ids, self.batches.steps(ids).tolist(), strict=True)):
-            if not finite[c]:
-                bad.append(f"client {client} sent NaN or infinity in round {self.round + 1}")
-                if self.store.names:
-                    # Every client that has an owner has a row there, even one that was never heard.
-                    self.store.put([client], self.store.get([client]))
-                continue
-            weight = float(self.sizes[client]) if self.settings.weighting == "samples" else 1.0
-            aggregator.add(up, c, weight, mine[c], positions[c])
-            weighted_steps[c] = weight * steps
-            if self.store.names:
-                self.store.put([client], {name: stored[name][c : c + 1] for name in self.store.names})
+        by_samples = self.settings.weighting == "samples"
+        weights = self.sizes[ids].astype(float).tolist() if by_samples else [1.0] * len(ids)
+        finite = aggregator.add(up, weights, mine, positions)
+        steps = self.batches.steps(ids).tolist()
+        if self.store.names:
+            for c, client in enumerate(ids):
+                # Every client that has an owner has a row there, even one that was never heard.
+                heard = {name: stored[name][c : c + 1] for name in self.store.names}
+                self.store.put([client], heard if finite[c] else self.store.get([client]))
         kept = torch.tensor(finite, device=task.loss_sum.device)
         aggregator.tally(LOSS_SUM, torch.where(kept, task.loss_sum, 0))
         aggregator.tally(LOSS_COUNT, torch.where(kept, task.loss_count, 0))
-        aggregator.tally(STEPS, aggregator.slots.new_tensor(weighted_steps))
+        weighted = [w * k if sent else 0 for w, k, sent in zip(weights, steps, finite, strict=True)]
+        aggregator.tally(STEPS, aggregator.slots.new_tensor(weighted))
         aggregator.slots[CLIENTS] += sum(finite)
-        return bad
+        return [
+            f"client {client} sent NaN or infinity in round {self.round + 1}"
+            for client, sent in zip(ids, finite, strict=True)
+            if not sent
+        ]
 
     def _check_up(self, up: Mapping[str, Tensor], clients: int) -> None:
         expected = {name: (clients, wire.size(self.layout)) for name, wire in self.wires.items()}
@@ -388,13 +386,6 @@ class Engine:
             raise RuntimeError(
                 f"{type(self.algorithm).__name__}.client must return exactly its up wires {expected}, got {found}"
             )
-
-    def _finite_rows(self, up: Mapping[str, Tensor]) -> list[bool]:
-        # A finite sum has finite terms. Another one may just have overflowed, which in float64 no sane update does.
-        totals = torch.stack([value.sum(1) for value in up.values()])
-        if not torch.isfinite(totals).all():
-            totals = torch.stack([value.sum(1, dtype=torch.float64) for value in up.values()])
-        return torch.isfinite(totals).all(0).tolist()
 
     def _update_server(self, agg: Vectors, r: Round) -> dict[str, float]:
         """Let the algorithm fold the aggregate in; returns its metrics."""

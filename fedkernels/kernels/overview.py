@@ -18,7 +18,13 @@ SHAPES: dict[str, tuple[int, int]] = {
     "gpt2": (1, 124_439_808),
 }
 
-OPS: dict[str, Mapping[Backend, Rule]] = dict.fromkeys(("fused_adamw", "fused_sgd", "fused_sam", "row_norm"), ON_ROWS)
+OPS: dict[str, Mapping[Backend, Rule]] = dict.fromkeys(
+    (
+        "fused_adamw", "fused_sgd", "fused_sam", "row_norm",
+        "encode_int8", "encode_bf16", "accumulate", "square_sums",
+    ),
+    ON_ROWS,
+)  # fmt: skip
 
 
 def overview() -> str:

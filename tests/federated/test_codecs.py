@@ -17,6 +17,7 @@ from fedkernels.contract import Algorithm, Task, Vectors
 from fedkernels.federated.codecs import CODECS, Bf16, Encoder, Int8, LowRank, TopK, codec_notes, with_codec
 from fedkernels.federated.engine import Engine, NonFiniteUpdateError
 from fedkernels.federated.schedule import assign_blocks, place, sample_cohort
+from fedkernels.kernels.round_tail import Draws
 from fedkernels.layout import Layout, Role, Slab
 from fedkernels.wire import Codec, Payload, Wire
 
@@ -35,14 +36,20 @@ def flat(n: int) -> Payload:
     return Payload((slice(0, n),))
 
 
+def draws(*clients: int, key: int = 0) -> Draws:
+    return Draws(torch.tensor(key), torch.tensor(clients or [0]), 0)
+
+
 def roundtrip(codec: Codec, values: Tensor, payload: Payload | None = None, seed: int = 0) -> Tensor:
+    """What the server makes of one client's message, which `transmit` does not form."""
     payload = payload or flat(len(values))
     kept = values.clone()
-    message = codec.encode(values, payload, torch.Generator().manual_seed(seed))
+    message = codec.encode(values, payload, draws(key=seed))
     assert torch.equal(values, kept), "the payload was written to"
     assert sum(part.numel() * part.element_size() for part in message) == codec.n_bytes(payload, values.element_size())
     decoded = codec.decode(message, payload, values.dtype)
     assert (decoded.shape, decoded.dtype) == (values.shape, values.dtype)
+    assert torch.equal(codec.transmit(values[None], [payload], draws(key=seed), None)[0], decoded)
     return decoded
 
 
@@ -127,7 +134,7 @@ def test_int8_has_no_python_loop_over_chunks(monkeypatch: pytest.MonkeyPatch) ->
     calls: list[int] = []
     for n in (10, 10_000):
         with torch.profiler.profile() as profile:
-            Int8(chunk=4).encode(normal(n), flat(n), torch.Generator())
+            Int8(chunk=4).encode(normal(n), flat(n), draws())
         calls.append(sum(event.count for event in profile.key_averages()))
     assert calls[0] == pytest.approx(calls[1], abs=4)
 
@@ -311,7 +318,7 @@ def encoded(codec: Codec, clients: list[int], r: int = 0, seed: int = 0, rows: T
     rows = normal(1, layout.d).expand(len(clients), -1) if rows is None else rows
     encoder = Encoder({"first": Wire(codec=codec), "second": Wire(codec=codec)}, layout, seed)
     kept = {name: torch.zeros(len(clients), layout.d, dtype=torch.float64) for name in encoder.residuals.values()}
-    both = encoder({"first": rows, "second": rows}, clients, [None] * len(clients), r, [True] * len(clients), kept)
+    both = encoder({"first": rows, "second": rows}, clients, [None] * len(clients), r, kept)
     return torch.stack([both["first"], both["second"]])
 
 
@@ -342,13 +349,14 @@ class Recorder:
             self._up = algorithm.client(this, s, k, task)
             return self._up
 
-        def spied_add(up: dict[str, Tensor], c: int, weight: float, block: int | None, position: int) -> None:
-            sent = torch.zeros(layout.d, dtype=torch.float64)
-            for span in engine.wires["delta"].payload(layout, block).spans:
-                sent[span] = 1
-            for record, value in ((self.meant, self._up["delta"][c]), (self.summed, up["delta"][c])):
-                record[engine_ids[c]] = record.get(engine_ids[c], 0) + sent * value
-            add(up, c, weight, block, position)
+        def spied_add(up: dict[str, Tensor], weights: list[float], blocks: list[int | None], *rest: Any) -> list[bool]:
+            for c, block in enumerate(blocks):
+                sent = torch.zeros(layout.d, dtype=torch.float64)
+                for span in engine.wires["delta"].payload(layout, block).spans:
+                    sent[span] = 1
+                for record, value in ((self.meant, self._up["delta"][c]), (self.summed, up["delta"][c])):
+                    record[engine_ids[c]] = record.get(engine_ids[c], 0) + sent * value
+            return add(up, weights, blocks, *rest)
 
         engine._train = spied_train  # type: ignore[method-assign]
         engine._aggregator.add = spied_add  # type: ignore[method-assign]
@@ -396,13 +404,13 @@ def test_feedback_sends_a_constant_update_in_the_long_run() -> None:
     kept = {"codec.delta": torch.zeros_like(u)}
     errors = []
     for r in range(400):
-        encoder({"delta": u}, [0], [None], r, [True], kept)
+        encoder({"delta": u}, [0], [None], r, kept)
         errors.append(float(kept["codec.delta"].norm()) / (r + 1))
     # Every coordinate is sent before it has grown far beyond the others: the residual stays bounded.
     assert errors[-1] < 0.15 * u.norm()
     assert errors[-1] < errors[99] / 3 < errors[9] / 9
     without = Encoder({"delta": Wire(codec=TopK(fraction=0.1, error_feedback=False))}, layout, 0)
-    assert float((without({"delta": u}, [0], [None], 0, [True], {})["delta"] - u).norm()) > 0.5 * u.norm()
+    assert float((without({"delta": u}, [0], [None], 0, {})["delta"] - u).norm()) > 0.5 * u.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

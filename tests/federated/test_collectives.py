@@ -100,8 +100,9 @@ def test_the_aggregate_is_the_weighted_mean(dtype: torch.dtype, rounds: int) -> 
         aggregator.reset()
         g = torch.Generator().manual_seed(r)
         up = {name: torch.randn(4, size, generator=g) for name, size in sizes.items()}
-        for c in range(4):
-            aggregator.add(up, c, WEIGHTS[c], ASSIGNED[c])
+        for part in ([0], [1, 2, 3]):
+            mine = {name: rows[part] for name, rows in up.items()}
+            aggregator.add(mine, [WEIGHTS[c] for c in part], [ASSIGNED[c] for c in part], part)
         aggregator.slots[3] = 5 + r
         agg = aggregator.reduce(Collectives(), [[0], [], [0]])
         assert aggregator.slots.tolist() == [0, 0, 0, 5 + r, 0, 0, 0]
@@ -141,7 +142,7 @@ def test_float64_sums_ignore_the_order() -> None:
         aggregator = Aggregator({"delta": Wire()}, lay, like, torch.float64, 5)
         aggregator.reset()
         for c in order:
-            aggregator.add({"delta": rows}, c, 1.0, None)
+            aggregator.add({"delta": rows[c : c + 1]}, [1.0], [None], [c])
         results.append(aggregator.reduce(Collectives(), [[0]]).delta)
     assert torch.equal(results[0], results[1])
 
@@ -183,8 +184,7 @@ def test_a_block_of_all_wires_is_one_message(wires: tuple[str, ...], shared: Any
 
     aggregator = Aggregator({name: Wire(only_block=True) for name in wires}, lay, torch.zeros(lay.d), torch.float64, 5)
     up = {name: torch.full((2, lay.d), 1.0 + i) for i, name in enumerate(wires)}
-    aggregator.add(up, 0, 2.0, 7)
-    aggregator.add(up, 1, 3.0, 0)
+    aggregator.add(up, [2.0, 3.0], [7, 0], [0, 1])
     holders = [[0] if b in (0, 7) else [] for b in range(20)]
     agg = aggregator.reduce(Recorder(), holders)
     [(blocks, given)] = asked

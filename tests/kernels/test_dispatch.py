@@ -90,7 +90,8 @@ def test_schemas_of_backends_agree() -> None:
     """The entry points hand the same arguments to either."""
     import fedkernels.kernels.fused_adamw.triton
     import fedkernels.kernels.fused_sam.triton
-    import fedkernels.kernels.fused_sgd.triton  # noqa: F401  the imports define the operators
+    import fedkernels.kernels.fused_sgd.triton
+    import fedkernels.kernels.round_tail.triton  # noqa: F401  the imports define the operators
 
     for op in OPS:
         schemas = [str(getattr(torch.ops.fedkernels, f"{op}_{name}").default._schema) for name in ("cpp", "triton")]

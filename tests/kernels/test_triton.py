@@ -26,6 +26,13 @@ from fedkernels.kernels.fused_sam.triton import (
     sam_kernel,
 )
 from fedkernels.kernels.fused_sgd.triton import sgd_kernel
+from fedkernels.kernels.round_tail.triton import (
+    accumulate_kernel,
+    bf16_kernel,
+    int8_kernel,
+    tile_of,
+    total_kernel,
+)
 from fedkernels.kernels.tiles import OPTIONS, TILE
 
 HERE = Path(__file__).parent
@@ -41,6 +48,12 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "sam": (sam_kernel, {"ONE_ROW": False, "PER_CLIENT": False, "PARTS": PARTS, "SIZE": SAM_TILE}, OPTIONS),
     "partial": (partial_kernel, {"SIZE": NORM_TILE}, NORM_OPTIONS),
     "norm": (norm_kernel, {"PARTS": PARTS}, OPTIONS),
+    "int8": (int8_kernel, {"CHUNK": 256, "CHUNKS": tile_of(256)[0], "WIDTH": tile_of(256)[1]}, OPTIONS),
+    "int8 by 7": (int8_kernel, {"CHUNK": 7, "CHUNKS": tile_of(7)[0], "WIDTH": tile_of(7)[1]}, OPTIONS),
+    "int8 by 4100": (int8_kernel, {"CHUNK": 4100, "CHUNKS": tile_of(4100)[0], "WIDTH": tile_of(4100)[1]}, OPTIONS),
+    "bf16": (bf16_kernel, {}, OPTIONS),
+    "accumulate": (accumulate_kernel, {"PER_CLIENT": True}, OPTIONS),
+    "total": (total_kernel, {"PARTS": PARTS}, OPTIONS),
 }
 OPTIONAL = {
     "adamw": ["G_ptr", "scale_ptr", "active_ptr", "x_ptr", "delta_ptr"],
@@ -48,14 +61,18 @@ OPTIONAL = {
     "sam": ["saved_ptr", "coefficient_ptr"],
     "partial": [],
     "norm": [],
+    "bf16": ["x_ptr", "residual_ptr", "begins_ptr", "ends_ptr", "payload_ptr"],
+    "accumulate": [],
+    "total": [],
 }
+OPTIONAL |= {op: [*OPTIONAL["bf16"], "scale_ptr"] for op in KERNELS if op.startswith("int8")}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run that the test starts")
-@pytest.mark.parametrize("op", ["adamw", "sgd", "sam"])
+@pytest.mark.parametrize("op", ["fused_adamw", "fused_sgd", "fused_sam", "round_tail"])
 def test_interpreted(op: str) -> None:
     """The tests of the op once more, with Triton on CPU tensors; the variable has to be there before the import."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", str(HERE / f"test_fused_{op}.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", str(HERE / f"test_{op}.py")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent.parent)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
@@ -79,11 +96,16 @@ def compiled(
         constants["clients"] = 1
     kinds = {"active_ptr": "*i1", "partial_ptr": "*fp64", "g_ptr": f"*{g}", "direction_ptr": f"*{g}"}
     kinds |= {"step_ptr": "*i64", "v_steps_ptr": "*fp64", "clients": "i32", "d": "i32", "parts": "i32"}
+    kinds |= {"payload_ptr": "*i16" if op == "bf16" else "*i8", "total_ptr": "*fp64", "spans": "i32", "wire": "i32"}
+    kinds |= dict.fromkeys(("sums_ptr", "weights_ptr"), "*fp64")
+    kinds |= dict.fromkeys(("begins_ptr", "ends_ptr", "key_ptr", "clients_ptr"), "*i64")
+    kinds |= {name: "i32" for name in kernel.arg_names if name.endswith("_stride")}
     signature = {
         name: "constexpr" if name in constants else kinds.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
         for name in kernel.arg_names
     }
-    divisible = [name for name, kind in signature.items() if kind.startswith("*") or (name == "d" and aligned)]
+    lengths = [name for name in signature if name == "d" or name.endswith("_stride")] if aligned else []
+    divisible = [name for name, kind in signature.items() if kind.startswith("*") or name in lengths]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -134,3 +156,17 @@ def test_offsets_are_64_bits_wide(op: str) -> None:
     assert set(re.findall(rf"tt\.addptr .* tensor<{tile}x(i\d+)>", ir)) == {"i64"}
     # `parts` counts partial sums, a few hundred a client.
     assert not [line for line in ir.splitlines() if re.search(r"arith\.muli .*: i32", line) and "%parts" not in line]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("op", ["int8", "int8 by 7", "int8 by 4100", "bf16", "accumulate"])
+def test_offsets_into_strided_rows_are_64_bits_wide(op: str) -> None:
+    """To the row of a client, and of the columns in it. Sums go on from the row before, by a stride."""
+    ir = compiled(op, 90, one_client=False).asm["ttir"]
+    to_row = re.findall(r"tt\.addptr %(?:values|residual|payload|scale|decoded)_ptr, .*, (i\d+)", ir)
+    columns = set(re.findall(r"tt\.addptr .* tensor<[\dx]+x(i\d+)>", ir))
+    if op == "accumulate":
+        assert columns == {"i32", "i64"}
+    else:
+        assert len(to_row) == (4 if op == "bf16" else 5)
+        assert {*to_row, *columns} == {"i64"}

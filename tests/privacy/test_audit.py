@@ -40,9 +40,9 @@ def releases(rate: float, canary: bool) -> np.ndarray:
     seen = np.empty(DRAWS)
     for r in range(DRAWS):
         aggregator.reset(2)
-        aggregator.add({"delta": other[None]}, 0, 1.0, None, 0)
+        aggregator.add({"delta": other[None]}, [1.0], [None], [0])
         if canary and coins[r]:
-            aggregator.add({"delta": 10 * CLIP * direction[None]}, 0, 1.0, None, 1)
+            aggregator.add({"delta": 10 * CLIP * direction[None]}, [1.0], [None], [1])
         aggregator.add_noise(r)
         seen[r] = aggregator.reduce(Collectives(), []).delta @ direction * 5.0 / CLIP
     return seen

@@ -147,7 +147,7 @@ def released(rows: list[dict[str, Tensor]], privacy: Privacy = SEEDED, divisor: 
     aggregator = Aggregator(WIRES, LAYOUT, like, torch.float64, 5, mechanism)
     aggregator.reset(len(rows))
     for position, row in enumerate(rows):
-        aggregator.add({name: value[None] for name, value in row.items()}, 0, 1.0, None, position)
+        aggregator.add({name: value[None] for name, value in row.items()}, [1.0], [None], [position])
     aggregator.add_noise(0)
     agg = aggregator.reduce(Collectives(), [])
     whole = torch.cat([agg.delta, agg.extra])

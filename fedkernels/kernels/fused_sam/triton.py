@@ -33,9 +33,14 @@ def partial_kernel(g_ptr, partial_ptr, d, parts, SIZE: tl.constexpr):
 
 
 @triton.jit
-def norm_of(partial_ptr, client, parts, PARTS: tl.constexpr):
+def total_of(partial_ptr, client, parts, PARTS: tl.constexpr):
     at = tl.arange(0, PARTS)
-    return tl.sqrt(tl.sum(tl.load(partial_ptr + client * parts + at, at < parts, other=0.0), 0))
+    return tl.sum(tl.load(partial_ptr + client * parts + at, at < parts, other=0.0), 0)
+
+
+@triton.jit
+def norm_of(partial_ptr, client, parts, PARTS: tl.constexpr):
+    return tl.sqrt(total_of(partial_ptr, client, parts, PARTS))
 
 
 @triton.jit

@@ -1,0 +1,161 @@
+"""The tail of a round against the same job operation by operation, and compiled: messages, sums, clipped sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from turns import Variant, in_turns
+
+from fedkernels.kernels.overview import SHAPES
+from fedkernels.kernels.round_tail import Draws, accumulate, encode_bf16, encode_int8, square_sums
+
+CHUNK, CLIP = 256, 1.0
+CHECKED = 100_096  # leading columns that are compared with float64, whole chunks
+JOBS = ("int8", "bf16", "sum", "clip")
+
+
+class Problem:
+    """The rows `[C, d]` and sums `[d]` of a round, on which all variants work in turns."""
+
+    def __init__(self, clients: int, d: int, device: torch.device) -> None:
+        self.y, self.residual, self.decoded = (torch.empty(clients, d, device=device) for _ in range(3))
+        self.x, self.sums = torch.empty(d, device=device), torch.empty(d, dtype=torch.float64, device=device)
+        self.payload = torch.empty(clients, d, dtype=torch.int8, device=device)
+        self.scale = torch.empty(clients, -(-d // CHUNK), device=device)
+        self.narrow = torch.empty(clients, d, dtype=torch.bfloat16, device=device)
+        self.draws = Draws(torch.tensor(0xD1CE, device=device), torch.arange(clients, device=device), 0)
+        self.weights = torch.arange(1, clients + 1, dtype=torch.float64, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        generator = torch.Generator(self.y.device).manual_seed(0)
+        for tensor in (self.y, self.residual, self.x):
+            tensor.normal_(0, 1e-2, generator=generator)
+        self.sums.zero_()
+        self.decoded.fill_(torch.nan)
+
+
+def unfused_int8(p: Problem, y: Tensor, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    v = (y - x) + residual
+    chunks = torch.nn.functional.pad(v, (0, -v.shape[1] % CHUNK)).view(len(v), -1, CHUNK)
+    limits = torch.finfo(torch.float32)
+    scale = (chunks.abs().amax(2, keepdim=True) / 127).clamp(limits.tiny, limits.max / 128)
+    q = (chunks / scale).add_(torch.rand_like(chunks)).floor_().clamp_(-127, 127).to(torch.int8)
+    received = (q * scale).flatten(1)[:, : v.shape[1]]
+    residual.copy_(v - received)
+    return q.flatten(1)[:, : v.shape[1]], scale.flatten(1)
+
+
+def unfused_bf16(y: Tensor, x: Tensor, residual: Tensor) -> Tensor:
+    v = (y - x) + residual
+    narrow = v.bfloat16()
+    residual.copy_(v - narrow.float())
+    return narrow
+
+
+def variants(p: Problem, job: str) -> list[Variant]:
+    """Ways to do a job, ours first. Each returns what is checked."""
+    C = len(p.y)
+
+    def with_compiled(
+        fused: float, ours: Callable[[], Any], unfused: float, theirs: Callable[..., Any], *given: Any
+    ) -> list[Variant]:
+        # Without it the compiler leaves out roundings, and with them what error feedback is about.
+        compiled = torch.compile(theirs, options={"emulate_precision_casts": True})
+        return [
+            Variant("fedkernels", fused, ours),
+            Variant("operation by operation", unfused, lambda: theirs(*given)),
+            Variant("the same, torch.compile", fused, lambda: compiled(*given)),
+        ]
+
+    if job == "int8":
+
+        def int8() -> tuple[Tensor, Tensor]:
+            encode_int8(p.y, draws=p.draws, chunk=CHUNK, x=p.x, residual=p.residual, payload=p.payload, scale=p.scale)
+            return p.payload, p.scale
+
+        return with_compiled(
+            13 + 4 / C, int8, 102 + 4 / C, lambda y, x, e: unfused_int8(p, y, x, e), p.y, p.x, p.residual
+        )
+    if job == "bf16":
+
+        def bf16() -> Tensor:
+            encode_bf16(p.y, x=p.x, residual=p.residual, payload=p.narrow)
+            return p.narrow
+
+        return with_compiled(14 + 4 / C, bf16, 52 + 4 / C, unfused_bf16, p.y, p.x, p.residual)
+    if job == "sum":
+
+        def total() -> Tensor:
+            accumulate(p.sums, p.y, p.weights)
+            return p.sums
+
+        def one_by_one(sums: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+            for row, weight in zip(rows, weights, strict=True):
+                sums.add_(row * weight)
+            return sums
+
+        return with_compiled(4 + 16 / C, total, 8 + 20, one_by_one, p.sums, p.y, p.weights)
+
+    def clip() -> Tensor:
+        norms = square_sums(p.y).sqrt()
+        accumulate(p.sums, p.y, (CLIP / norms).clamp(max=1))
+        return p.sums
+
+    def clip_one_by_one(sums: Tensor, rows: Tensor) -> Tensor:
+        for row in rows:
+            norm = torch.linalg.vector_norm(row, dtype=torch.float64)
+            sums += row.double() * (CLIP / norm).clamp(max=1)
+        return sums
+
+    return with_compiled(8 + 16 / C, clip, 4 + 12 + 16 + 24, clip_one_by_one, p.sums, p.y)
+
+
+def check(p: Problem, job: str, variant: Variant) -> float:
+    """The largest error, as a share of the scale of a chunk or of the largest sum.
+
+    Raises:
+        SystemExit: it is too large; the variant does not compute the same.
+    """
+    p.reset()
+    y, x, before = (tensor[..., :CHECKED].double().clone() for tensor in (p.y, p.x, p.residual))
+    found = variant.run()
+    if job in ("int8", "bf16"):
+        v, lost = (y - x) + before, p.residual[:, :CHECKED].double()
+        if job == "int8":
+            q, scale = found
+            unit = scale[:, : y.shape[1] // CHUNK + 1].double().repeat_interleave(CHUNK, 1)[:, : y.shape[1]]
+            received, allowed = q[:, : y.shape[1]].double() * unit, 1.001
+        else:
+            unit, received, allowed = v.abs() + 1e-3, found[:, : y.shape[1]].double(), 2.0**-8
+        # Nothing is lost but what the residual keeps, and that is below the unit.
+        error = max(
+            ((v - received - lost) / unit).abs().max().item() / 1e-3, (lost / unit).abs().max().item() / allowed
+        )
+    else:
+        factors = p.weights if job == "sum" else (CLIP / p.y.double().norm(dim=1)).clamp(max=1)
+        expected = (factors[:, None] * y).sum(0)
+        error = ((found[: len(expected)] - expected).abs().max() / expected.abs().max()).item() / 1e-6
+    if not error <= 1:
+        raise SystemExit(f"{job}, {variant.name}: error {error:.2g} of what is allowed")
+    return error
+
+
+@torch.no_grad()
+def measure(name: str, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Times of all variants of every job for one shape."""
+    clients, d = SHAPES[name]
+    p = Problem(clients, d, device)
+    results = []
+    for job in JOBS:
+        ways = variants(p, job)
+        errors = [check(p, job, way) for way in ways]
+        p.reset()
+        copy = Variant("copy", 8, lambda: p.decoded.copy_(p.y))
+        for result in in_turns(copy, ways, errors, clients * d, device, repeats):
+            shared = {"op": f"round_tail {job}", "shape": name, "clients": clients, "d": d, "gradient": "float32"}
+            results.append(shared | {"device": device.type, "threads": torch.get_num_threads()} | result)
+    return results

@@ -221,7 +221,7 @@ def join(device: torch.device, timeout_s: float = 600.0, faults: Faults | None =
     try:
         store: Any = TCPStore(address, port, world_size, rank == 0 and not agent, timeout, wait_for_workers=False)
         table = PrefixStore(f"{prefix}/watch", store.clone())
-        watch = Watch(table, rank, world_size, timeout_s, holds_store=rank == 0 and not agent)
+        watch = Watch(table, rank, world_size, timeout_s, agent=agent)
         watch.start()
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise LostRankError(f"rank {rank} does not reach the job's store at {address}:{port}: {error}") from error

@@ -67,20 +67,18 @@ class Watch:
     Args:
         store: a client of the job's store of its own; nothing here blocks who trains when the store does not answer.
         timeout_s: longest that ranks wait for each other at the start.
-        holds_store: whether the store ends with this process.
+        agent: whether torchrun's agent holds the store, rather than the first rank.
 
     Attributes:
         verdict: why the job cannot go on, the same words on every rank; None while it can.
         first: whether this rank was the first to say so.
     """
 
-    def __init__(
-        self, store: Store, rank: int, world_size: int, timeout_s: float, *, holds_store: bool = False
-    ) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, timeout_s: float, *, agent: bool = False) -> None:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self.verdict: str | None = None
         self.first = False
-        self._store, self._holds_store = store, holds_store
+        self._store, self._agent = store, agent
         self._place = Place(socket.gethostname())
         self._beats = 0
         self._entered_at = time.monotonic()
@@ -105,8 +103,8 @@ class Watch:
         while absent := [r for r in range(self.world_size) if not self._store.check([str(r), VERDICT])]:
             if time.monotonic() > deadline:
                 why = f"{_ranks(absent)} did not start within {self.timeout_s:g} s"
-                told = self._store.compare_set(VERDICT, "", why).decode()
-                raise LostRankError(told, first=told == why)
+                self._claim_verdict(why)
+                raise LostRankError(self.verdict or why, first=self.first)
             time.sleep(0.05)
         self._thread.start()
 
@@ -116,9 +114,9 @@ class Watch:
             if not isinstance(error, LostRankError):
                 text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
                 self._give_up(f"rank {self.rank} (host {self._place.host}) failed in {self._place}: {text}")
-            if self._holds_store:  # and they can read why only as long as it is there
+            if self.rank == 0 and not self._agent:  # and they can read why only as long as it is there
                 self._everyone = True
-                self._wait_until(lambda: all(place.over for place in self._table.values()), BEAT_S + CONFIRM_S)
+                self._wait_until(self._all_know, BEAT_S + CONFIRM_S)
         self._closed.set()
         self._changed.set()
         self._thread.join(BEAT_S)
@@ -169,6 +167,10 @@ class Watch:
         while not condition() and self._thread.is_alive() and time.monotonic() < deadline:
             time.sleep(0.02)
 
+    def _all_know(self) -> bool:
+        unaware = [rank for rank, place in self._table.items() if not place.over and rank != self.rank]
+        return len(self._table) == self.world_size and unaware == self._silent(unaware, CONFIRM_S)
+
     def _silent(self, ranks: Iterable[int], limit_s: float) -> list[int]:
         now = time.monotonic()
         return [rank for rank in ranks if rank != self.rank and now - self._seen.get(rank, now) >= limit_s]
@@ -193,8 +195,7 @@ class Watch:
                         self._look()
                         looked = now
                     if self._claim is not None and self.verdict is None:
-                        told = self._store.compare_set(VERDICT, "", self._claim).decode()
-                        self.verdict, self.first = told, told == self._claim
+                        self._claim_verdict(self._claim)
                     answered = now
             except RuntimeError as error:
                 gone = isinstance(error, dist.DistNetworkError)
@@ -212,13 +213,17 @@ class Watch:
         place = replace(self._place, beat=self._beats, over=self.verdict is not None)
         self._store.set(str(self.rank), json.dumps(asdict(place)))
 
+    def _claim_verdict(self, why: str) -> None:
+        by, self.verdict = self._store.compare_set(VERDICT, "", f"{self.rank} {why}").decode().split(" ", 1)
+        self.first = by == str(self.rank)
+
     def _look(self) -> None:
         following = (self.rank + 1) % self.world_size
         # A ring is enough: of several that are silent, one follows a rank that is not, and that one asks for all.
         everyone = self._everyone or self._silent([following], SILENT_S / 2)
         ranks = range(self.world_size) if everyone else [following]
         verdict, *places = self._store.multi_get([VERDICT, *map(str, ranks)])
-        self.verdict = self.verdict or verdict.decode() or None
+        self.verdict = self.verdict or verdict.decode().partition(" ")[2] or None
         now = time.monotonic()
         for rank, text in zip(ranks, places, strict=True):
             place = Place(**json.loads(text))
@@ -230,8 +235,9 @@ class Watch:
             self._claim = f"{_ranks(silent)} died or cannot be reached: {self._whereabouts(silent)}"
 
     def _without_store(self) -> str:
-        text = "the store of the job is gone, and with it the rank or agent that held it"
-        return f"{text}; rank {self.rank} (host {self._place.host}) was in {self._place}"
+        holder = "torchrun's agent on the first node" if self._agent else "rank 0"
+        here = f"rank {self.rank} (host {self._place.host}) was in {self._place}"
+        return f"{holder}, which held the store of the job, died or cannot be reached: {here}"
 
 
 def _ranks(ranks: Sequence[Any]) -> str:

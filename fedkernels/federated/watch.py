@@ -101,9 +101,12 @@ class Watch:
         self._tell()
         deadline = time.monotonic() + self.timeout_s
         while absent := [r for r in range(self.world_size) if not self._store.check([str(r), VERDICT])]:
+            if self._store.check([VERDICT]) and (told := self._store.get(VERDICT).decode()):
+                raise LostRankError(told.partition(" ")[2], first=False)
             if time.monotonic() > deadline:
                 why = f"{_ranks(absent)} did not start within {self.timeout_s:g} s"
                 self._claim_verdict(why)
+                time.sleep(BEAT_S)  # for the others to read it, should the store end with this process
                 raise LostRankError(self.verdict or why, first=self.first)
             time.sleep(0.05)
         self._thread.start()

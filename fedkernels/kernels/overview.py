@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from .dispatch import BACKENDS, MISSING, ON_ROWS, VARIABLES, Backend, Rule, choose
+from .exact_sum import RULES as EXACT
 
 # Rows [C, d] of models people train: those of the papers' settings, and one of each order of magnitude.
 SHAPES: dict[str, tuple[int, int]] = {
@@ -24,7 +25,7 @@ OPS: dict[str, Mapping[Backend, Rule]] = dict.fromkeys(
         "encode_int8", "encode_bf16", "accumulate", "square_sums",
     ),
     ON_ROWS,
-)  # fmt: skip
+) | {"exact_add": EXACT}  # fmt: skip
 
 
 def overview() -> str:

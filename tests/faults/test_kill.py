@@ -1,4 +1,4 @@
-"""kill −9 of any rank at any point: the run goes on from its newest checkpoint to the same end, on any number of ranks."""
+"""kill −9 of a rank at any point: the run goes on from its checkpoint to the same end, on any number of ranks."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_schemas_of_backends_agree() -> None:
     import fedkernels.kernels.fused_sgd.triton
     import fedkernels.kernels.round_tail.triton  # noqa: F401  the imports define the operators
 
-    for op in OPS:
+    for op in (op for op, rules in OPS.items() if "triton" in rules):
         schemas = [str(getattr(torch.ops.fedkernels, f"{op}_{name}").default._schema) for name in ("cpp", "triton")]
         assert schemas[0].replace("_cpp(", "_triton(") == schemas[1]
 

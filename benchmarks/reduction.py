@@ -2,7 +2,7 @@
 
     python benchmarks/reduction.py [--d 10000000] [--clients 4] [--repeats 7]
 
-Both are timed in turns in the same processes; medians and their ratio are printed, with the bytes on links in closed form.
+Both are timed in turns in the same processes; medians and their ratio are printed, and bytes on links are checked.
 """
 
 from __future__ import annotations

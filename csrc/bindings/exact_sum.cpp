@@ -1,4 +1,5 @@
 // Tensors in, pointers out, for exact sums. Threads share columns, and the result does not depend on how.
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -48,11 +49,27 @@ void exact_add_rows(const Tensor& sums, const Tensor& rows, const Tensor& weight
   run(float{});
 }
 
+Tensor exact_values(const Tensor& sums) {
+  TORCH_CHECK(sums.dim() == 2, "sums has ", sums.dim(), " dimensions, expected [2, d]");
+  const int64_t d = sums.size(1);
+  const auto *high = row_of<int64_t>(sums, 0, 2, d, "sums"), *low = row_of<int64_t>(sums, 1, 2, d, "sums");
+  Tensor out = at::empty({d}, sums.options().dtype(at::kDouble));
+  double* to = out.mutable_data_ptr<double>();
+  for_each_chunk(1, d, [&](int64_t, int64_t first, int64_t size) {
+    exact_value(size, high + first, low + first, to + first);
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace fedkernels
 
 TORCH_LIBRARY_FRAGMENT(fedkernels, library) {
   library.def("exact_add_cpp(Tensor(a0!) sums, Tensor rows, Tensor weights, Tensor(a3!) largest) -> ()");
+  library.def("exact_value_cpp(Tensor sums) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fedkernels, CPU, library) { library.impl("exact_add_cpp", &fedkernels::exact_add_rows); }
+TORCH_LIBRARY_IMPL(fedkernels, CPU, library) {
+  library.impl("exact_add_cpp", &fedkernels::exact_add_rows);
+  library.impl("exact_value_cpp", &fedkernels::exact_values);
+}

@@ -32,8 +32,22 @@ INLINE double add(int64_t n, const R* __restrict row, double weight, int64_t* __
   return largest == largest ? largest : std::numeric_limits<double>::infinity();
 }
 
+INLINE void read(int64_t n, const int64_t* __restrict high, const int64_t* __restrict low, double* __restrict to) {
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t h = high[i] + (low[i] >> 43), l = low[i] & ((int64_t{1} << 43) - 1);
+    const bool negative = h < 0;
+    if (negative) h = -h - (l > 0), l = -l & ((int64_t{1} << 43) - 1);
+    // Each of the three parts is a double without rounding.
+    const int64_t rest = h & 0xFFFFFFFF, top = h - rest;
+    const double below = static_cast<double>(rest) + static_cast<double>(l) / kBelow;
+    const double magnitude = (static_cast<double>(top) + below) / kHigh;
+    to[i] = negative ? -magnitude : magnitude;
+  }
+}
+
 }  // namespace
 
+CLONES void exact_value(int64_t n, const int64_t* high, const int64_t* low, double* to) { read(n, high, low, to); }
 CLONES double exact_add(int64_t n, const float* row, double weight, int64_t* high, int64_t* low) {
   return add(n, row, weight, high, low);
 }

@@ -9,4 +9,7 @@ namespace fedkernels {
 double exact_add(int64_t n, const float* row, double weight, int64_t* high, int64_t* low);
 double exact_add(int64_t n, const double* row, double weight, int64_t* high, int64_t* low);
 
+// The numbers that sums stand for.
+void exact_value(int64_t n, const int64_t* high, const int64_t* low, double* to);
+
 }  // namespace fedkernels

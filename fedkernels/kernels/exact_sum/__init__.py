@@ -23,13 +23,16 @@ import torch
 from torch import Tensor
 
 from ..dispatch import MISSING, Backend, Rule, choose, cpp_on_rows, require, require_scalars
-from .reference import BELOW, HIGH, exact_add_reference
+from .reference import exact_add_reference, exact_value_reference
 
 MAX_TERMS = 2**21 - 1
 RULES: Mapping[Backend, Rule] = {"cpp": cpp_on_rows}
 
 if MISSING["cpp"] is None:
     torch.library.register_fake("fedkernels::exact_add_cpp", lambda *arguments: None)
+    torch.library.register_fake(
+        "fedkernels::exact_value_cpp", lambda sums: sums.new_empty(sums.shape[1], dtype=torch.float64)
+    )
 
 
 def limit(terms: int) -> float:
@@ -90,14 +93,13 @@ def exact_add(sums: Tensor, rows: Tensor, weights: Tensor, largest: Tensor, *, b
         exact_add_reference(sums, rows, weights, largest)
 
 
-def value(sums: Tensor) -> Tensor:
-    """The numbers `[...]` float64 that sums `[2, ...]` stand for."""
-    h, l = sums.unbind()  # noqa: E741
-    carry = l >> BELOW
-    h, l = h + carry, l - (carry << BELOW)  # noqa: E741
-    negative = h < 0
-    h, l = torch.where(negative, -h - (l > 0).long(), h), torch.where(negative & (l > 0), 2**BELOW - l, l)  # noqa: E741
-    # Each of the three parts is a float64 without rounding.
-    top = (h >> 32) << 32
-    magnitude = (top.double() + ((h - top).double() + l.double() * 2.0**-BELOW)) * 2.0**-HIGH
-    return torch.where(negative, -magnitude, magnitude)
+def value(sums: Tensor, *, backend: str | None = None) -> Tensor:
+    """The numbers `[...]` float64 that sums `[2, ...]` int64 stand for.
+
+    Args:
+        backend: `reference` or `cpp`; by default the fastest that can run.
+    """
+    flat = sums.reshape(2, -1)
+    chosen = choose("exact_add", RULES, sums.device.type, torch.float64, tuple(flat.shape), backend).backend
+    found: Tensor = torch.ops.fedkernels.exact_value_cpp(flat) if chosen == "cpp" else exact_value_reference(flat)
+    return found.view(sums.shape[1:])

@@ -19,3 +19,15 @@ def exact_add_reference(sums: Tensor, rows: Tensor, weights: Tensor, largest: Te
         high = scaled.round()
         sums[0] += high.long()
         sums[1] += ((scaled - high) * 2.0**BELOW).round().long()
+
+
+def exact_value_reference(sums: Tensor) -> Tensor:
+    h, l = sums.unbind()  # noqa: E741
+    carry = l >> BELOW
+    h, l = h + carry, l - (carry << BELOW)  # noqa: E741
+    negative = h < 0
+    h, l = torch.where(negative, -h - (l > 0).long(), h), torch.where(negative & (l > 0), 2**BELOW - l, l)  # noqa: E741
+    # Each of the three parts is a float64 without rounding.
+    top = (h >> 32) << 32
+    magnitude = (top.double() + ((h - top).double() + l.double() * 2.0**-BELOW)) * 2.0**-HIGH
+    return torch.where(negative, -magnitude, magnitude)

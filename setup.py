@@ -1,5 +1,6 @@
 """Packaging of fedkernels; metadata is here, tool settings are in pyproject.toml."""
 
+import os
 import re
 from pathlib import Path
 
@@ -8,13 +9,50 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 
 
+def no_cuda():
+    """Why the CUDA kernels are not compiled, or None."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        return "nvcc is not here; CUDA_HOME may say where it is"
+    return None
+
+
 def kernels():
     """The C++ kernels as arguments of `setup`: compiled where torch and a compiler are, left out where they are not."""
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError:
         print("fedkernels: no C++ kernels: torch is not here to build against (pip install --no-build-isolation)")
         return {}
+
+    def sources(*patterns):
+        return sorted(str(path.relative_to(here)) for pattern in patterns for path in here.glob(pattern))
+
+    def extension(kind, *patterns):
+        # Without contraction to fused multiply-adds every instruction set gives the same bits. Nobody catches
+        # floating-point traps; to say so lets comparisons and floor become vectors.
+        flags = ["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+        return kind(
+            "fedkernels._C",
+            sources(*patterns),
+            depends=sources("csrc/*/*.h"),
+            extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+            extra_link_args=["-fopenmp"],
+            optional=True,
+        )
+
+    cpp = extension(CppExtension, "csrc/*/*.cpp")
+    built = cpp
+    if (reason := no_cuda()) is None:
+        # Binaries of two generations, and PTX of each for those after it.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0+PTX")
+        built = extension(CUDAExtension, "csrc/*/*.cpp", "csrc/cuda/*.cu", "csrc/bindings/cuda/*.cpp")
+    else:
+        print(f"fedkernels: no CUDA kernels: {reason}")
 
     class BuildKernels(BuildExtension):
         def finalize_options(self):
@@ -23,29 +61,22 @@ def kernels():
             self.build_temp = str(here / "build" / "kernels")
 
         def build_extensions(self):
+            if built is not cpp and self.build("CUDA"):
+                return
+            for name in ("sources", "include_dirs", "library_dirs", "libraries"):
+                setattr(built, name, getattr(cpp, name))
+            self.build("C++")
+
+        def build(self, what):
+            """Whether the extension could be built; a line says why it could not."""
             try:
                 super().build_extensions()
             except Exception as error:  # whatever a compiler or linker can do wrong
-                print(f"fedkernels: no C++ kernels: {type(error).__name__}: {' '.join(str(error).split())}")
+                print(f"fedkernels: no {what} kernels: {type(error).__name__}: {' '.join(str(error).split())}")
+                return False
+            return True
 
-    extension = CppExtension(
-        "fedkernels._C",
-        sorted(str(path.relative_to(here)) for path in here.glob("csrc/*/*.cpp")),
-        depends=sorted(str(path.relative_to(here)) for path in here.glob("csrc/*/*.h")),
-        # Without contraction to fused multiply-adds every instruction set gives the same bits.
-        # Nobody catches floating-point traps; to say so lets comparisons and floor become vectors.
-        extra_compile_args=[
-            "-O3",
-            "-fopenmp",
-            "-ffp-contract=off",
-            "-fno-math-errno",
-            "-fno-trapping-math",
-            "-fvisibility=hidden",
-        ],
-        extra_link_args=["-fopenmp"],
-        optional=True,
-    )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}
+    return {"ext_modules": [built], "cmdclass": {"build_ext": BuildKernels}}
 
 
 init = (here / "fedkernels" / "__init__.py").read_text()
@@ -53,7 +84,7 @@ version = re.search(r'__version__ = "(.+)"', init).group(1)
 extras = {
     "triton": ["triton>=3.5; platform_system == 'Linux'"],
     "deepspeed": ["deepspeed>=0.18"],
-    "hf": ["transformers>=5.0"],
+    "hf": ["transformers>=5.24", "peft>=0.18"],
     "tensorboard": ["tensorboard>=2.16"],
     "dev": [
         "pytest>=8",
@@ -65,7 +96,7 @@ extras = {
     ],
 }
 # The tests cover what the optional packages do.
-extras["dev"] += extras["hf"] + extras["tensorboard"] + extras["triton"]
+extras["dev"] += extras["hf"] + extras["tensorboard"] + extras["triton"] + extras["deepspeed"]
 
 setup(
     name="fedkernels",

@@ -22,6 +22,7 @@ from .federated.engine import NonFiniteUpdateError
 from .federated.watch import LostRankError
 from .formats import format_epsilon
 from .kernels.dispatch import BackendError
+from .planning.network import Network
 
 TABLES = dict(
     zip(("algorithms", "optimizers", "models", "datasets", "partitions", "codecs"), CHOICES.values(), strict=True)
@@ -103,6 +104,25 @@ def _parser() -> argparse.ArgumentParser:
     partition.add_argument("--out", type=Path, default=Path("partition.png"), help="picture to write (png, svg or pdf)")
     partition.set_defaults(run=_partition, overridable=True)
 
+    plan = commands.add_parser(
+        "plan",
+        help="predict round time, bytes and memory on many ranks",
+        description="Time a few rounds of a configuration here, on one process, and predict it on many ranks.",
+        allow_abbrev=False,
+    )
+    plan.add_argument("--config", type=Path, required=True)
+    plan.add_argument("--ranks", type=int, required=True, help="predict 1, 2, 4, ... and this many")
+    plan.add_argument(
+        "--clients_per_rank", type=int, help="let the cohort grow with the ranks instead of staying as it is"
+    )
+    for key, kind, default in describe(Network):
+        plan.add_argument(f"--{key}", metavar="VALUE", help=f"{kind}; default {default}")
+    plan.add_argument(
+        "--measured", type=Path, help="costs to use, from an earlier --out, instead of timing rounds here"
+    )
+    plan.add_argument("--out", type=Path, help="JSON file to write")
+    plan.set_defaults(run=_plan, overridable=True)
+
     diagnose = commands.add_parser(
         "diagnose",
         help="measure curvature, sharpness and client updates at a run's model",
@@ -130,6 +150,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     report.add_argument("--out", type=Path, help="page to write; default report.html in the first run's parent folder")
     report.set_defaults(run=_report, overridable=False)
+
+    export = commands.add_parser(
+        "export",
+        help="write a run's final model as a directory that transformers or peft load",
+        description="Write a run's final model as save_pretrained does: config, weights and tokenizer, or adapters.",
+        allow_abbrev=False,
+    )
+    export.add_argument("--run_dir", type=Path, required=True, help="folder of a finished run")
+    export.add_argument("--to", type=Path, required=True, help="directory to make")
+    export.add_argument("--merge", action="store_true", help="add LoRA adapters into the base")
+    export.set_defaults(run=_export, overridable=False)
 
     kernels = commands.add_parser("kernels", help="which backend runs each kernel here, and why the others do not")
     kernels.set_defaults(run=_kernels, overridable=False)
@@ -182,10 +213,10 @@ def _list(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _partition(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from .data.plot import partition_figure, partition_summary
-    from .train import split
+    from .train import load_data, split
 
     config = load(options.config, parse_overrides(rest))
-    data = config.data.load()
+    data = load_data(config)
     labels = data.labels.numpy()
     partition = split(config, data)
     classes = int(labels.max()) + 1
@@ -194,6 +225,17 @@ def _partition(options: argparse.Namespace, rest: Sequence[str]) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     partition_figure(partition, labels, classes, title=options.config.stem).savefig(options.out, dpi=150)
     print(f"picture: {options.out}")
+    return 0
+
+
+def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from .planning.table import plan
+
+    keys = [key for key, _, _ in describe(Network)]
+    given = {key: value for key in keys if (value := getattr(options, key)) is not None}
+    network = make(Network, {key: parse_value(value) for key, value in given.items()})
+    config = load(options.config, parse_overrides(rest))
+    print(plan(config, network, options.ranks, options.clients_per_rank, options.measured, options.out))
     return 0
 
 
@@ -246,6 +288,14 @@ def _report(options: argparse.Namespace, rest: Sequence[str]) -> int:
     print(comparison_table(options.runs))
     out = options.out or options.runs[0].resolve().parent / "report.html"
     print(f"report: {write_report(options.runs, out)}")
+    return 0
+
+
+def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from .export import export
+
+    loader = export(options.run_dir, options.to, merge=options.merge)
+    print(f"model: {options.to}, for {loader}.from_pretrained")
     return 0
 
 

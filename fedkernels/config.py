@@ -29,10 +29,12 @@ from .contract import Algorithm, LocalOptimizer
 from .data import DATASETS, PARTITIONS
 from .data.datasets import Dataset
 from .data.partition import Partition
+from .data.tokens import Tokens
 from .federated.codecs import CODECS
 from .federated.evaluators import EvaluatorName
 from .federated.objective import Precision
 from .federated.schedule import LrSchedule
+from .kernels.dispatch import KernelsName
 from .layout import Role
 from .models import MODELS
 from .optim import OPTIMIZERS
@@ -42,7 +44,11 @@ from .wire import Codec
 
 class ModelChoice(Protocol):
     def build(
-        self, kind: Literal["image", "language", "text"], input_shape: tuple[int, ...], classes: int
+        self,
+        kind: Literal["image", "language", "text"],
+        input_shape: tuple[int, ...],
+        classes: int,
+        tokens: Tokens = ...,
     ) -> nn.Module: ...
 
     def roles(self, module: nn.Module) -> dict[str, Role]: ...
@@ -100,10 +106,12 @@ class Config:
         precision: bf16 computes under autocast, vectors stay float32.
         evaluator: how gradients are computed; auto measures loop and batched, compiled has to be asked for.
         clients_per_batch: clients a rank trains at once; null lets the evaluator decide.
+        microbatch_size: samples of a mini-batch that go forward and backward at once, to save memory; null for all.
         placement: balance ranks by estimated work, or also by measured speed.
         reduce_dtype: of sums over clients; float64 hides rank count and order, float32 halves link bytes.
         reduction: exact sums over clients are the same bits on any number of ranks, at twice the link bytes of float64.
         on_nonfinite: what a client that sends NaN or infinity does to the run.
+        kernels: what optimizer steps and the other ops run on; auto takes the fastest backend that can run each.
         device: where clients train.
         threads: torch threads per rank; parallelism comes from ranks.
         eval_every: rounds between evaluations; the last round always is one.
@@ -135,10 +143,12 @@ class Config:
     precision: Precision = "fp32"
     evaluator: EvaluatorName = "auto"
     clients_per_batch: Count | None = None
+    microbatch_size: Count | None = None
     placement: Literal["estimated", "measured"] = "estimated"
     reduce_dtype: Literal["float64", "float32"] = "float64"
     reduction: Literal["exact", "fast"] = "fast"
     on_nonfinite: Literal["error", "drop_client"] = "error"
+    kernels: KernelsName = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     eval_every: Count = 1

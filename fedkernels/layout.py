@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -208,6 +208,14 @@ class Layout:
     def vectors(self, vector: Tensor) -> Tensor:
         """All other coordinates `[..., d - d_matrix]`: a view where they are contiguous."""
         return _take(vector, self._vector_runs)
+
+    @property
+    def vector_runs(self) -> Iterator[tuple[slice, slice]]:
+        """Per contiguous run of what `vectors` gives, where it lies in a vector `[..., d]` and where in the result."""
+        at = 0
+        for start, stop in self._vector_runs:
+            yield slice(start, stop), slice(at, at + stop - start)
+            at += stop - start
 
     def merge(self, matrices: Tensor, vectors: Tensor) -> Tensor:
         """The inverse of (`matrices`, `vectors`): one new `[..., d]` tensor."""

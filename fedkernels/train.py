@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +18,8 @@ from . import checkpoint, faults
 from .config import Config
 from .data.datasets import Dataset
 from .data.partition import Partition
+from .data.text import Glue, Topics
+from .data.tokens import has_tokenizer
 from .federated.batches import LocalWork
 from .federated.codecs import codec_notes
 from .federated.collectives import Collectives, join, pick_device
@@ -25,7 +27,9 @@ from .federated.engine import Engine
 from .federated.objective import Objective
 from .federated.settings import EngineSettings
 from .formats import format_epsilon
+from .launch_record import begun_by_this_job
 from .metrics import MetricsWriter, Progress, read_metrics
+from .models import Pretrained
 from .rng import Purpose, stream
 from .run_folder import check_unused, fingerprint, open_run, run_number, save_model
 
@@ -39,25 +43,37 @@ class Outcome:
     stopped_by: int | None
 
 
+def load_data(config: Config) -> Dataset:
+    """The dataset, where it is text and names no tokenizer in the tokens of the directory its model comes from."""
+    data, model = config.data, config.model
+    if isinstance(data, Glue | Topics) and data.tokenizer is None:
+        path = model.path if isinstance(model, Pretrained) and has_tokenizer(model.path) else None
+        return replace(data, tokenizer=path).load()
+    return data.load()
+
+
 def split(config: Config, data: Dataset) -> Partition:
     """Training samples of each client."""
     groups = None if data.groups is None else data.groups.numpy()
     return config.partition.split(data.labels.numpy(), groups, config.clients, config.seed)
 
 
-def build(config: Config, collectives: Collectives) -> tuple[Engine, Dataset, Partition]:
+def build(config: Config, collectives: Collectives, data: Dataset | None = None) -> tuple[Engine, Dataset, Partition]:
     """The engine of a configuration, with its dataset and partition.
+
+    Args:
+        data: the dataset, where it has been read or stands for another; None reads the configuration's.
 
     Raises:
         ValueError, FileNotFoundError: a dataset, partition, model or world size that does not fit the configuration.
     """
     torch.set_num_threads(config.threads)
     device = pick_device(config.device)
-    data = config.data.load()
+    data = data or load_data(config)
     partition = split(config, data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(stream(config.seed, Purpose.MODEL).integers(2**63)))
-        module = config.model.build(data.kind, data.input_shape, data.classes)
+        module = config.model.build(data.kind, data.input_shape, data.classes, data.tokens)
     buffers = [name for name, buffer in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
     if buffers:
         raise ValueError(f"{buffers[0]}: running statistics would not be aggregated; use GroupNorm or LayerNorm")
@@ -80,7 +96,8 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
     """Run a configuration to its last round, or from its newest checkpoint when resuming.
 
     Args:
-        resume: continue the run in `run_dir`; where it has no checkpoint yet, start it from the first round.
+        resume: continue the run in `run_dir`; where it has no checkpoint yet, start it from the first round. Ranks that
+            torchrun starts again do so by themselves.
 
     Raises:
         ConfigError: the run folder already holds a run, or another one on resume, or cannot be written.
@@ -96,6 +113,8 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
 
 def _train(config: Config, device: torch.device, collectives: Collectives, resume: bool) -> Outcome:
     leader = collectives.rank == 0
+    again = collectives.agree(lambda: leader and begun_by_this_job(config.run_dir))
+    resume = any(collectives.gather(resume or again))
     collectives.agree(lambda: check_unused(config.run_dir) if leader and not resume else None)
     engine, data, partition = collectives.agree(lambda: build(config, collectives))
     checkpoints = config.run_dir / "checkpoints"
@@ -127,12 +146,15 @@ def _train(config: Config, device: torch.device, collectives: Collectives, resum
         try:
             while engine.round < rounds and not engine.stop_agreed:
                 start = time.perf_counter()
+                first = not engine.kernels.chosen
                 row = engine.run_round()
                 last = engine.round == rounds
                 due = engine.round % config.eval_every == 0 or last
-                row |= engine.evaluate() if due else {"test_loss": None, "test_accuracy": None}
+                row |= engine.evaluate() if due else dict.fromkeys(engine.objective.score_names)
                 totals["time_s"] += time.perf_counter() - start
                 if log is not None:
+                    if first:
+                        log.progress.note(engine.kernels.summary())
                     log.write({"round": engine.round, "time_s": totals["time_s"], **row})
                 if engine.round % config.checkpoint_every == 0 or last or engine.stop_agreed:
                     checkpoint.save(checkpoints, engine, identity, totals, config.keep_checkpoints)
@@ -216,7 +238,7 @@ def _privacy_notes(engine: Engine, rounds: int) -> list[str]:
 
 
 def _finish(config: Config, data: Dataset, engine: Engine) -> None:
-    save_model(config, data, engine.named_parameters(), engine.round)
+    save_model(config, data, engine.objective.module, engine.named_parameters(), engine.round)
     from .report import write_report  # matplotlib is only needed once, on one rank, at the end
 
     write_report([config.run_dir], config.run_dir / "report.html")

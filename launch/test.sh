@@ -1,13 +1,24 @@
 #!/usr/bin/env bash
 # Everything that must pass: lint, types, tests. Arguments go to pytest.
+#
+#   bash launch/test.sh                # all, with a SLURM cluster and nodes of their own on this machine: needs root
+#   bash launch/test.sh --no-cluster   # without those, for a laptop
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if ! command -v c++ >/dev/null; then
-    echo "error: no C++ compiler, which torch.compile needs; on Debian and Ubuntu: apt-get install g++" >&2
-    exit 2
+    fail "no C++ compiler, which torch.compile needs; on Debian and Ubuntu: apt-get install g++"
+fi
+selection=()
+if [ "${1:-}" = --no-cluster ]; then
+    selection=(-m "not cluster")
+    shift
+elif [ "$(id -u)" != 0 ] || ! type slurmctld slurmd munged ip >/dev/null 2>&1; then
+    packages="on Debian and Ubuntu: apt-get install slurm-wlm munge iproute2"
+    fail "tests of clusters need root, SLURM, munge and iproute2 ($packages); without: bash launch/test.sh --no-cluster"
 fi
 prepare_environment dev
 
 ruff check .
 ruff format --check .
 mypy
-python -m pytest --numprocesses "$(nproc)" "$@"
+# Tests that share a cluster run one after another.
+python -m pytest --numprocesses "$(nproc)" --dist loadgroup ${selection[@]+"${selection[@]}"} "$@"

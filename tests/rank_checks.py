@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ from support import tiny_engine, tiny_model
 from torch import Tensor
 
 from fedkernels.algorithms import DpFedAvg, FedAvg
+from fedkernels.config import load
 from fedkernels.contract import Task, Vectors
 from fedkernels.federated.aggregate import Aggregator, ExactSumError
 from fedkernels.federated.collectives import Collectives
 from fedkernels.privacy.mechanism import Privacy
+from fedkernels.train import build
 from fedkernels.wire import Wire
 
 
@@ -144,3 +147,9 @@ def too_large_on_ranks(collectives: Collectives) -> str:
     except ExactSumError as error:
         return str(error)
     return ""
+
+
+def planned_rounds(collectives: Collectives, path: str, overrides: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rounds of a configuration, with the bytes that ranks counted."""
+    engine, _, _ = build(load(Path(path), overrides), collectives)
+    return [engine.run_round() for _ in range(engine.settings.rounds)]

@@ -15,18 +15,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from .tokens import BYTES, Tokens
+
+Metric = Literal["matthews", "f1", "perplexity"]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Training and test samples of one task, held as bytes.
+    """Training and test samples of one task, held as bytes, tokens of large vocabularies as int32.
 
     Args:
         kind: `image` and `text` classify, `language` predicts the next token.
-        train_inputs: uint8, images `[n, channels, height, width]` or byte tokens `[n, length]`.
-        train_targets: int64 `[n]` class labels; for `language` uint8 `[n, length]`, the next tokens.
+        train_inputs: uint8 images `[n, channels, height, width]`, or tokens `[n, length]`.
+        train_targets: int64 `[n]` class labels; for `language` tokens `[n, length]`, the next ones.
         test_inputs: as `train_inputs`.
         test_targets: as `train_targets`.
         classes: number of classes, for `language` the vocabulary size.
@@ -35,6 +38,8 @@ class Dataset:
         mean: per channel on the 0..1 scale, images only.
         std: as `mean`.
         augment: whether training crops (pad 4) and flips at random; done on the device, not here.
+        tokens: what the tokens are, for text and language.
+        metrics: what a model is scored by beside loss and accuracy.
     """
 
     kind: Literal["image", "language", "text"]
@@ -48,6 +53,8 @@ class Dataset:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     augment: bool = False
+    tokens: Tokens = BYTES
+    metrics: tuple[Metric, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -141,6 +148,11 @@ class Cifar10:
 
     path: str
 
+    @staticmethod
+    def blank() -> Dataset:
+        """Black images in the published numbers and shapes, for planning where the files are not."""
+        return _blank(50_000, 10_000, (3, 32, 32), classes=10)
+
     def load(self) -> Dataset:
         """Read `data_batch_1` to `data_batch_5`, `test_batch` and `batches.meta`.
 
@@ -168,6 +180,11 @@ class Cifar100:
 
     path: str
 
+    @staticmethod
+    def blank() -> Dataset:
+        """Black images in the published numbers and shapes, for planning where the files are not."""
+        return _blank(50_000, 10_000, (3, 32, 32), classes=100)
+
     def load(self) -> Dataset:
         """Read `train`, `test` and `meta`.
 
@@ -190,6 +207,11 @@ class TinyImageNet:
     """
 
     path: str
+
+    @staticmethod
+    def blank() -> Dataset:
+        """Black images in the published numbers and shapes, for planning where the files are not."""
+        return _blank(100_000, 10_000, (3, 64, 64), classes=200)
 
     def load(self) -> Dataset:
         """Read `wnids.txt`, `train/<wnid>/images/*.JPEG`, `val/images` and `val/val_annotations.txt`.
@@ -255,6 +277,16 @@ def _images(
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
         augment=augment,
+    )
+
+
+def _blank(train: int, test: int, shape: tuple[int, ...], *, classes: int) -> Dataset:
+    """A balanced dataset of zeros, which take no memory until they are written to."""
+    targets, test_targets = torch.arange(train) % classes, torch.arange(test) % classes
+    pixels, test_pixels = (torch.zeros(n, *shape, dtype=torch.uint8) for n in (train, test))
+    ones = (1.0,) * shape[0]
+    return Dataset(
+        "image", pixels, targets, test_pixels, test_targets, classes, targets, None, ones, ones, augment=True
     )
 
 

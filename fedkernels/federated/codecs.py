@@ -51,8 +51,8 @@ class _OneByOne:
 class Int8:
     """Stochastic rounding to 8 bits, with one scale per chunk of values.
 
-    `s = max|v|/127` of a chunk, `q = ⌊v/s + u⌋` with u uniform in (0, 1), decoded as `s q`: unbiased, for values within
-    the range of float32. Beyond it they saturate.
+    `s = max|v|/127` of a chunk, `q = ⌊v/s⌋`, and one more where `u < v/s − ⌊v/s⌋` with u uniform in (0, 1), decoded as
+    `s q`: unbiased, for values within the range of float32. Beyond it they saturate.
 
     Args:
         chunk: values that share a scale.

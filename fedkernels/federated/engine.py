@@ -14,6 +14,8 @@ from torch import Tensor
 from ..contract import Algorithm, Batch, Round, Vectors
 from ..data.partition import Partition
 from ..formats import format_epsilon
+from ..kernels.dispatch import Kernels
+from ..kernels.rows import empty_rows
 from ..layout import Role
 from ..privacy.accountant import Accountant
 from ..privacy.mechanism import GaussianMechanism, check
@@ -50,11 +52,13 @@ class Engine:
         run: under privacy, which run it is: those that differ share no noise, whatever their `noise_seed`.
 
     Raises:
+        BackendError: the settings name a backend of kernels that cannot run here.
         ValueError: a cohort larger than the population or smaller than the number of ranks, a client without data, or
             what `privacy.mechanism.check` refuses, or a target ε that one round exceeds.
 
     Attributes:
         mechanism, accountant: of private wires; None without privacy.
+        kernels: the backends of ops, and what they ran on so far.
 
     Example:
         >>> from fedkernels.config import load
@@ -109,6 +113,8 @@ class Engine:
             directory / f"rank{self.collectives.rank}",
             settings.store_memory_bytes,
         )
+        self.kernels = Kernels(settings.kernels)
+        self.kernels.check(x.device.type, x.dtype, self.layout.d)
         self._bound = BoundModule(objective, self.layout)
         self._speeds = [1.0] * self.collectives.world_size
         self._gradients = x.new_empty(0, self.layout.d)
@@ -178,7 +184,7 @@ class Engine:
         """
 
         def make(choice: Choice) -> Evaluator:
-            return make_evaluator(choice, self.objective, self.layout, self._bound)
+            return make_evaluator(choice, self.objective, self.layout, self._bound, self.settings.microbatch_size)
 
         if choice is None:
             most = -(-self.settings.cohort // self.collectives.world_size)
@@ -221,7 +227,10 @@ class Engine:
         Raises:
             NonFiniteUpdateError: a client sent NaN or infinity and the settings say `error`; the server is as before.
         """
-        choice = self.choice or self.settle()
+        with self.kernels.use():
+            return self._run_round(self.choice or self.settle())
+
+    def _run_round(self, choice: Choice) -> dict[str, float | int | None]:
         link_before, start = self.collectives.link_bytes, time.perf_counter()
         settings, rank, world = self.settings, self.collectives.rank, self.collectives.world_size
         ids, blocks = self.draw_cohort()
@@ -334,7 +343,7 @@ class Engine:
         assert self._evaluator is not None
         ids = [cohort[p] for p in positions]
         if len(self._gradients) != len(ids):
-            self._gradients = self.server.x.new_empty(len(ids), self.layout.d)
+            self._gradients = empty_rows(self.server.x, len(ids), self.layout.d)
         mine = [blocks[p] for p in positions]
         task = LocalTask(
             self.layout,
@@ -427,7 +436,7 @@ class Engine:
             self._speeds = [m if self.round == 0 else (v + m) / 2 for v, m in zip(self._speeds, measured, strict=True)]
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy of the server model on the test set, shared out over ranks."""
+        """Loss, accuracy and the task's own metrics of the server model on the test set, shared out over ranks."""
         self.collectives.at(self.round, "evaluate")
         module = self.objective.module
         self._bound.bind(self.server.x, None)
@@ -435,12 +444,11 @@ class Engine:
         rank, world = self.collectives.rank, self.collectives.world_size
         share = -(-self.objective.test_samples // world)
         stop = min(self.objective.test_samples, (rank + 1) * share)
-        sums = torch.zeros(3, dtype=torch.float64, device=self.objective.device)
+        sums = torch.zeros(self.objective.n_sums, dtype=torch.float64, device=self.objective.device)
         for first in range(rank * share, stop, EVAL_BATCH):
             sums += self.objective.evaluate(slice(first, min(stop, first + EVAL_BATCH)))
         module.train()
-        loss, correct, samples = self.collectives.all_reduce(sums).tolist()
-        return {"test_loss": loss / samples, "test_accuracy": correct / samples}
+        return self.objective.scores(self.collectives.all_reduce(sums))
 
     def named_parameters(self) -> dict[str, Tensor]:
         """The server model by parameter name, as views."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..contract import Batch, LocalOptimizer, SamplesCurvature, Task
+from ..contract import Batch, LocalOptimizer, Move, SamplesCurvature, Task
+from ..kernels.fused_sam import fused_sam, row_norm
+from ..kernels.rows import empty_rows
+from ..optim.steps import active_rows
 
 
 def run_local(
@@ -17,9 +21,11 @@ def run_local(
     *,
     state: Mapping[str, Tensor] | None = None,
     grad: Callable[[Tensor, Batch], Tensor] | None = None,
-    direction: Callable[[Tensor], Tensor] | None = None,
+    share: float = 1.0,
+    alpha: float = 0.0,
+    G: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run every local step of `C` clients from `x`: `y ← y − η direction(P(grad(y, batch)))`.
+    """Run every local step of `C` clients from `x`: `y ← y − η(s·P(grad(y, batch)) + αG)`.
 
     Clients with fewer steps than the others are masked: their parameters and state stay as they were.
 
@@ -27,7 +33,9 @@ def run_local(
         x: the start, `[d]` for all clients or `[C, d]`.
         state: entries that replace fresh optimizer state, `[d]` for all clients or `[C, d]`.
         grad: replaces `task.grad`, for control variates, proximal terms and perturbed points.
-        direction: maps the optimizer's direction `[C, d]` to the one taken, for corrections.
+        share: s, weight of the optimizer's direction P.
+        alpha: α, weight of the global direction.
+        G: the global direction `[d]`; None for none.
 
     Returns:
         `y [C, d]` after the last step, and the optimizer's state.
@@ -36,26 +44,20 @@ def run_local(
         `y, _ = run_local(task, s.x, Sgd(), grad=lambda y, b: task.grad(y, b) + mu * (y - s.x))`
     """
     clients = task.steps.shape[0]
-    y = x.expand(clients, -1).clone()
+    y = empty_rows(x, clients, task.layout.d).copy_(x)
     own = optimizer.init(y, task.layout)
     for name, value in (state or {}).items():
         own[name].copy_(value)
     gradient = grad or task.grad
     sampling = optimizer if isinstance(optimizer, SamplesCurvature) else None
+    everyone = Move(y.new_full((), task.lr), share, alpha, G)
     for k, batch in enumerate(task.batches(), start=1):
         g = gradient(y, batch)
-        before = None if batch.active is None else {name: value.clone() for name, value in own.items()}
+        move = everyone if batch.active is None else replace(everyone, active=batch.active.to(y.device))
         if sampling is not None and sampling.curvature_due(k):
-            sampling.observe(own, *task.sampled_grad(y, batch, k))
-        p = optimizer.step(own, g, y, k, task.layout)
-        if direction is not None:
-            p = direction(p)
-        if batch.active is not None and before is not None:
-            active = batch.active.to(y.device)[:, None]
-            p = torch.where(active, p, 0)
-            for name, value in own.items():
-                value.copy_(torch.where(active, value, before[name]))
-        y.add_(p, alpha=-task.lr)
+            with active_rows(move.active, own.values()):
+                sampling.observe(own, *task.sampled_grad(y, batch, k))
+        optimizer.step(own, g, y, k, task.layout, move)
     task.trained(y)
     return y, own
 
@@ -84,10 +86,36 @@ def sam_gradient(task: Task, rho: float) -> Callable[[Tensor, Batch], Tensor]:
     Reference: Foret et al., Sharpness-aware minimization for efficiently improving generalization, 2021
     (arXiv 2010.01412), equations 2 and 3.
     """
-    ascended = task.steps.new_empty(len(task.steps), task.layout.d)
+    ascended = empty_rows(task.steps, len(task.steps), task.layout.d)
 
     def gradient(y: Tensor, batch: Batch) -> Tensor:
-        torch.add(y, rescale_(task.grad(y, batch), rho), out=ascended)
+        fused_sam(y, task.grad(y, batch), rho=rho, out=ascended)
         return task.grad(ascended, batch)
 
     return gradient
+
+
+def shifted_gradient(task: Task, direction: Tensor, coefficient: Tensor) -> Callable[[Tensor, Batch], Tensor]:
+    """The `grad` at a point that is off by the same vector all round, `∇f_i(y + c·v)`; the vector is never stored.
+
+    Args:
+        direction: v, `[C, d]`, or `[d]` for all clients.
+        coefficient: c, one value or `[C]`, such as `ascent(v, ρ)`.
+    """
+    shifted = empty_rows(task.steps, len(task.steps), task.layout.d)
+
+    def gradient(y: Tensor, batch: Batch) -> Tensor:
+        fused_sam(y, direction, coefficient=coefficient, out=shifted)
+        return task.grad(shifted, batch)
+
+    return gradient
+
+
+def ascent(v: Tensor, rho: float, eps: float = 1e-7) -> Tensor:
+    """What makes rows of `v [C, d]` or `[d]` as long as ρ: `ρ/(‖v‖ + ε)`, `[C]` or `[1]`.
+
+    Example:
+        >>> ascent(torch.tensor([[3.0, 4.0]]), 10.0).tolist()
+        [2.0]
+    """
+    return rho / (row_norm(v) + eps)

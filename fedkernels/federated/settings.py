@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..kernels.dispatch import KernelsName
 from ..privacy.mechanism import Privacy
 from ..wire import Codec
 from .batches import LocalWork
@@ -24,8 +25,10 @@ class EngineSettings:
         weighting: `uniform` averages clients, `samples` weights them by their number of samples.
         clients_per_batch: clients a rank trains at once; None lets the evaluator decide.
         placement: `estimated` balances local steps over ranks, `measured` also each rank's measured speed.
+        microbatch_size: samples of a mini-batch that go forward and backward at once; None for all of them.
         reduce_dtype: of sums over clients; `float64` makes float32 results independent of ranks and their order.
         reduction: `exact` sums integers, whose sum no number and order of ranks can change; `fast` sums `reduce_dtype`.
+        kernels: what optimizer steps and the other ops run on; `auto` takes the fastest backend that can run each.
         store_memory_bytes: client state held in memory per rank before pages are mapped from files.
         privacy: how an algorithm's private wires are released; they need it, and no other wires may be there with it.
     """
@@ -42,9 +45,11 @@ class EngineSettings:
     codec: Codec | None = None
     evaluator: EvaluatorName = "auto"
     clients_per_batch: int | None = None
+    microbatch_size: int | None = None
     placement: Literal["estimated", "measured"] = "estimated"
     reduce_dtype: Literal["float64", "float32"] = "float64"
     reduction: Literal["exact", "fast"] = "fast"
     on_nonfinite: Literal["error", "drop_client"] = "error"
+    kernels: KernelsName = "auto"
     store_memory_bytes: float = 2.0**30
     privacy: Privacy | None = None

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..kernels.newton_schulz import Orthogonalization, newton_schulz
+from ..contract import Move
+from ..kernels.muon_step import muon_step
+from ..kernels.newton_schulz import Orthogonalization
+from ..kernels.rows import zero_rows
 from ..layout import Layout, Route
 from .adamw import AdamW
 
@@ -66,17 +68,24 @@ class Muon:
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
         require_matrices(layout)
-        return {"M": torch.zeros_like(layout.matrices(y)), **self._adamw().init(layout.vectors(y), layout)}
+        return {"M": zero_rows(layout.matrices(y)), **self._adamw().init(layout.vectors(y), layout)}
 
-    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout) -> Tensor:
-        g_matrices, y_matrices = layout.matrices(g), layout.matrices(y)
-        momentum = state["M"].lerp_(g_matrices, 1 - self.momentum)
-        u = torch.lerp(g_matrices, momentum, self.momentum)
-        p = torch.empty_like(u)
+    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
         for slab in layout.slabs:
-            run = slice(slab.matrix_start, slab.matrix_stop)
-            batch = u[:, run].unflatten(1, (slab.count, slab.rows, slab.cols))
-            o = newton_schulz(batch, self.ns_steps, self.orthogonalization)
-            p[:, run] = o.mul_(slab.scale * self.lr_multiplier).flatten(1)
-        p.add_(y_matrices, alpha=self.weight_decay)
-        return layout.merge(p, self._adamw().step(state, layout.vectors(g), layout.vectors(y), k, layout))
+            M = state["M"][:, slab.matrix_start : slab.matrix_stop].unflatten(1, (slab.count, slab.rows, slab.cols))
+            muon_step(
+                slab.view(y),
+                M,
+                slab.view(g),
+                lr=move.lr,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+                scale=slab.scale * self.lr_multiplier,
+                share=move.share,
+                alpha=move.alpha,
+                G=None if move.G is None else slab.view(move.G),
+                active=move.active,
+                steps=self.ns_steps,
+                method=self.orthogonalization,
+            )
+        self._adamw().step_runs(state, g, y, layout.vector_runs, move)

@@ -30,7 +30,7 @@ WHERE = dict(
 )
 NAMES = [(key, name) for key, table in WHERE.items() for name in table]
 # A value that fits keys without a default.
-REQUIRED = {"cifar10": {"path": "x"}, "cifar100": {"path": "x"}, "tiny_imagenet": {"path": "x"}, "glue": {"path": "x"}}
+REQUIRED = {name: {"path": "x"} for name in ("cifar10", "cifar100", "tiny_imagenet", "pretrained")}
 
 
 def accept(**keys: Any) -> Config:
@@ -74,8 +74,8 @@ def test_a_wrong_type_names_key_value_and_expectation(key: str) -> None:
 def test_a_wrong_type_below_a_choice_names_the_whole_key(key: str, name: str) -> None:
     for field in dataclasses.fields(WHERE[key][name]):
         message = refuse(**with_choice(key, name, **{field.name: {"no": "such"}}))
-        # Keys without a name belong to the choice that is the default.
-        below = ".no: unknown key" if field.name == "local" else ": {'no': 'such'}, expected "
+        # Keys without a name belong to the choice that is the default, or are a section's own.
+        below = ".no: unknown key" if field.name in ("local", "lora") else ": {'no': 'such'}, expected "
         assert message.startswith(f"{key}.{field.name}{below}")
 
 
@@ -101,6 +101,7 @@ def test_a_wrong_type_below_a_choice_names_the_whole_key(key: str, name: str) ->
         ("clip_norm", 0, "float > 0"),
         ("precision", "fp16", "fp32 | bf16"),
         ("evaluator", "fast", "auto | loop | batched | compiled"),
+        ("kernels", "cuda", "auto | reference | cpp | triton"),
         ("clients_per_batch", 0, "int >= 1 | null"),
         ("placement", "random", "estimated | measured"),
         ("reduce_dtype", "bf16", "float64 | float32"),

@@ -16,7 +16,7 @@ from fedkernels.cli import main
 from fedkernels.kernels import dispatch
 from fedkernels.kernels.dispatch import MISSING, ON_ROWS, BackendError, Choice, choose
 from fedkernels.kernels.fused_adamw import fused_adamw
-from fedkernels.kernels.overview import OPS, SHAPES
+from fedkernels.kernels.overview import MATRICES, MATRIX_OPS, OPS, SHAPES
 
 HERE = {"triton": None, "cpp": None, "reference": None}
 
@@ -26,8 +26,8 @@ def chosen(device: str = "cpu", dtype: torch.dtype = torch.float32, backend: str
 
 
 def test_the_extension_and_triton_are_here() -> None:
-    """The environment that runs the tests has a compiler and the developers' extra."""
-    assert HERE == MISSING
+    """The environment that runs the tests has a compiler and the developers' extra; whether it has a GPU is open."""
+    assert {backend: reason for backend, reason in MISSING.items() if backend != "cuda"} == HERE
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_by_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDKERNELS_BACKEND", "triton")
     with pytest.raises(BackendError, match="FEDKERNELS_BACKEND=triton cannot run fused_adamw: runs on cuda"):
         chosen()
-    monkeypatch.setenv("FEDKERNELS_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="FEDKERNELS_BACKEND=cuda: unknown backend, expected one of triton, cpp, refe"):
+    monkeypatch.setenv("FEDKERNELS_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="FEDKERNELS_BACKEND=gpu: unknown backend, expected one of cuda, triton"):
         chosen()
 
 
@@ -91,9 +91,11 @@ def test_schemas_of_backends_agree() -> None:
     import fedkernels.kernels.fused_adamw.triton
     import fedkernels.kernels.fused_sam.triton
     import fedkernels.kernels.fused_sgd.triton
+    import fedkernels.kernels.muon_step.triton
+    import fedkernels.kernels.newton_schulz.triton
     import fedkernels.kernels.round_tail.triton  # noqa: F401  the imports define the operators
 
-    for op in (op for op, rules in OPS.items() if "triton" in rules):
+    for op in (*(op for op, rules in OPS.items() if "triton" in rules), *MATRIX_OPS):
         schemas = [str(getattr(torch.ops.fedkernels, f"{op}_{name}").default._schema) for name in ("cpp", "triton")]
         assert schemas[0].replace("_cpp(", "_triton(") == schemas[1]
 
@@ -103,8 +105,10 @@ def test_the_command_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     for name in dispatch.VARIABLES:
         assert any(line.split()[:1] == [name] for line in lines)
-    table = lines[lines.index("cpu, float32:") + 1 :][: len(OPS) * len(SHAPES)]
     starts = [f"{op:<12} {name:<14} " for op in OPS for name in SHAPES]
+    matrices = [f"{name} {n}x{rows}x{cols}" for name, shapes in MATRICES.items() for n, rows, cols in shapes]
+    starts += [f"{op:<12} {what:<14} " for op in MATRIX_OPS for what in matrices]
+    table = lines[lines.index("cpu, float32:") + 1 :][: len(starts)]
     for line, start in zip(table, starts, strict=True):
         triton = "runs on cuda, not on cpu" if "triton" in OPS[start.split()[0]] else "not written for this op"
         assert line.strip() == f"{start}cpp: the fastest on cpu; not triton: {triton}"
@@ -141,18 +145,30 @@ print(MISSING["cpp"])
     assert run.stdout.startswith(reason)
 
 
-def test_installs_without_a_compiler(tmp_path: Path) -> None:
-    """One line says that there are no kernels and why; nothing fails."""
+@pytest.mark.parametrize("cuda", [False, True])
+def test_installs_without_a_compiler(cuda: bool, tmp_path: Path) -> None:
+    """A line says that there are no kernels and why, another one which are not there for CUDA; nothing fails."""
     root = Path(__file__).parent.parent.parent
     for name in ("setup.py", "README.md", "pyproject.toml"):
         shutil.copy(root / name, tmp_path)
     for name in ("csrc", "fedkernels"):
         shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     environment = os.environ | {"CXX": "no-such-compiler", "CC": "no-such-compiler", "MAX_JOBS": "1"}
+    program = ["setup.py"]
+    if cuda:  # a torch that claims to be built for it, and an nvcc that fails
+        nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text("#!/bin/sh\nexit 1\n")
+        nvcc.chmod(0o755)
+        environment["CUDA_HOME"] = str(tmp_path / "cuda")
+        claim = "import runpy, torch; torch.version.cuda = '13.0'; runpy.run_path('setup.py', run_name='__main__')"
+        program = ["-c", claim]
     run = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, *program, "build_ext", "--inplace"], cwd=tmp_path, capture_output=True, text=True,
         env=environment,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert len([line for line in run.stdout.splitlines() if line.startswith("fedkernels: no C++ kernels: ")]) == 1
+    said = [line.split(" kernels: ") for line in run.stdout.splitlines() if line.startswith("fedkernels: no ")]
+    assert [line[0] for line in said] == ["fedkernels: no CUDA", "fedkernels: no C++"]
+    assert ("a build without CUDA" in said[0][1]) == (not cuda and torch.version.cuda is None)
     assert not list(tmp_path.glob("fedkernels/*.so"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import triton
+from kernel_cubins import SHARED_BYTES, resources
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -36,7 +37,6 @@ from fedkernels.kernels.round_tail.triton import (
 from fedkernels.kernels.tiles import OPTIONS, TILE
 
 HERE = Path(__file__).parent
-SHARED_BYTES = 232_448  # what a program may have on sm_90
 # Kernel, its compile-time constants, launch options; the optional pointers come from OPTIONAL.
 KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "adamw": (
@@ -95,29 +95,20 @@ def compiled(
     if one_client and "clients" in kernel.arg_names:
         constants["clients"] = 1
     kinds = {"active_ptr": "*i1", "partial_ptr": "*fp64", "g_ptr": f"*{g}", "direction_ptr": f"*{g}"}
-    kinds |= {"step_ptr": "*i64", "v_steps_ptr": "*fp64", "clients": "i32", "d": "i32", "parts": "i32"}
+    lengths = ["d", *(name for name in kernel.arg_names if name.endswith("_stride"))]
+    kinds |= {"step_ptr": "*i64", "v_steps_ptr": "*fp64", "clients": "i32", "parts": "i32"}
     kinds |= {"payload_ptr": "*i16" if op == "bf16" else "*i8", "total_ptr": "*fp64", "spans": "i32", "wire": "i32"}
     kinds |= dict.fromkeys(("sums_ptr", "weights_ptr"), "*fp64")
     kinds |= dict.fromkeys(("begins_ptr", "ends_ptr", "key_ptr", "clients_ptr"), "*i64")
-    kinds |= {name: "i32" for name in kernel.arg_names if name.endswith("_stride")}
+    kinds |= dict.fromkeys(lengths, "i32")
     signature = {
         name: "constexpr" if name in constants else kinds.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
         for name in kernel.arg_names
     }
-    lengths = [name for name in signature if name == "d" or name.endswith("_stride")] if aligned else []
-    divisible = [name for name, kind in signature.items() if kind.startswith("*") or name in lengths]
+    divisible = [name for name, kind in signature.items() if kind.startswith("*") or (name in lengths and aligned)]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def resources(kernel: Any, folder: Path) -> dict[str, int]:
-    """Registers of a thread, bytes of its stack and local memory, as they stand in the machine code."""
-    (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
-    dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [dump, "--dump-resource-usage", folder / "kernel.cubin"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -170,3 +161,13 @@ def test_offsets_into_strided_rows_are_64_bits_wide(op: str) -> None:
     else:
         assert len(to_row) == (4 if op == "bf16" else 5)
         assert {*to_row, *columns} == {"i64"}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("op", "store"), [("int8", "v4.b32"), ("bf16", "v4.b32"), ("accumulate", "v2.b64")])
+@pytest.mark.parametrize("one_client", [True, False])
+def test_accesses_of_whole_messages_are_16_bytes_wide(op: str, store: str, one_client: bool) -> None:
+    """Without spans, where rows start on such a boundary."""
+    ptx = compiled(op, 90, every_option=False, one_client=one_client).asm["ptx"]
+    for direction, width in (("ld", "v4.b32"), ("st", store)):
+        assert re.search(rf"{direction}\.global\S*\.{width}", ptx)

@@ -302,3 +302,9 @@ def test_the_environment_names_the_revision_it_runs_from(tmp_path: Path, monkeyp
     facts = json.loads(json.dumps(environment()))
     assert facts["torch"] == torch.__version__
     assert facts["world_size"] == 1
+
+
+def test_metrics_of_the_task_are_shown_beside_accuracy() -> None:
+    score = shown({1: 101.0}, total=9, test_matthews=-0.0617, test_f1=None)[0]
+    assert "acc  50.0%  mcc -0.062  f1      -      - clients/s" in score
+    assert "acc  50.0%  ppl  173.2      - clients/s" in shown({1: 101.0}, total=9, test_perplexity=173.24)[0]

@@ -1,0 +1,123 @@
+"""The batch file that is shipped, on a real SLURM cluster of two nodes: requeued, it ends as if nothing was."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from cli.small_runs import Runs
+from launch.machine import ROOT
+from launch.slurm import Cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("slurm")]
+
+# Long enough to be stopped on the way, and without a checkpoint but the one that a signal asks for.
+LONG = ["--rounds", "300", "--checkpoint_every", "100000"]
+
+
+def submit(cluster: Cluster, runs: Runs, options: Sequence[str], arguments: Sequence[str]) -> str:
+    own = ["--output", str(runs / "%x-%j.out"), "--job-name", "test", "--time", "10"]
+    return cluster.submit(*own, *options, "launch/slurm.sbatch", *arguments, cwd=ROOT)
+
+
+def output(runs: Runs, job: str) -> str:
+    return (runs / f"test-{job}.out").read_text()
+
+
+def launches(run_dir: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run_dir / "launches.jsonl").read_text().splitlines()]
+
+
+def finish(cluster: Cluster, runs: Runs, job: str) -> str:
+    """Wait for the end of a job that must not fail; what it printed."""
+    state = cluster.wait_for(job)
+    assert state == "COMPLETED", output(runs, job)
+    return output(runs, job)
+
+
+def test_a_stopped_job_is_queued_again_and_ends_as_if_nothing_had_happened(cluster: Cluster, runs: Runs) -> None:
+    job = submit(cluster, runs, ["--nodes=2"], runs.arguments("stopped", *LONG)[1:])
+    runs.wait_for_rounds("stopped", 20)
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    assert runs.train("whole", *LONG) == 0
+    said = finish(cluster, runs, job)
+    assert cluster.fields(job)["Restarts"] == "1"
+    (stopped,) = re.findall(r"stopped by SIGUSR1 after round (\d+); continue", said)
+    assert 20 <= int(stopped) < 300
+    assert f"job {job}: stopped on request, queued again\n" in said
+    assert f"\nresumed after round {stopped} of 300\n2 ranks on cpu" in said
+    runs.assert_same("whole", "stopped", ranks=True)
+    (launch,) = launches(runs / "stopped")
+    assert launch["job"] == f"slurm-{job}"
+
+
+def test_a_job_that_loses_a_node_goes_on_from_its_newest_checkpoint(cluster: Cluster, runs: Runs) -> None:
+    keys = ["--rounds", "300", "--checkpoint_every", "10"]
+    job = submit(cluster, runs, ["--nodes=2"], runs.arguments("lost", *keys)[1:])
+    runs.wait_for_rounds("lost", 20)
+    cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    assert runs.train("whole", *keys) == 0
+    said = finish(cluster, runs, job)
+    assert cluster.fields(job)["Restarts"] == "1"
+    assert re.search(r"\nresumed after round \d+ of 300\n2 ranks on cpu", said)
+    runs.assert_same("whole", "lost", ranks=True)
+
+
+def test_an_array_of_seeds_of_which_one_is_stopped_and_one_submitted_again(cluster: Cluster, runs: Runs) -> None:
+    keys = ["--rounds", "200", "--checkpoint_every", "100000"]
+    array = submit(cluster, runs, ["--nodes=1", "--array=4-5"], runs.arguments("seeds", *keys)[1:])
+    for seed in (4, 5):
+        runs.wait_for_rounds(f"seeds/seed-{seed}", 5)
+    jobs = {seed: cluster.fields(f"{array}_{seed}")["JobId"] for seed in (4, 5)}
+    # The task that shares its number with the array: what is done to it must not be done to all.
+    stopped = next(seed for seed, job in jobs.items() if job == array)
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{array}_{stopped}")
+    for seed, job in jobs.items():
+        assert runs.train(f"whole-{seed}", *keys, "--seed", str(seed)) == 0
+        assert cluster.wait_for(f"{array}_{seed}") == "COMPLETED"
+        assert cluster.fields(f"{array}_{seed}")["Restarts"] == str(int(seed == stopped))
+        said = output(runs, job)
+        assert f"job {array}_{seed}, attempt 1: 1 x 1 ranks on n" in said
+        assert f", rendezvous at 127.0.0.1:{10000 + int(job)}\n" in said
+        assert launches(runs / "seeds" / f"seed-{seed}")[0]["job"] == f"slurm-{job}"
+        runs.assert_same(f"whole-{seed}", f"seeds/seed-{seed}")
+    assert (runs / "whole-4/model.safetensors").read_bytes() != (runs / "whole-5/model.safetensors").read_bytes()
+    script = runs / "seeds" / "seed-5" / "resubmit.sh"
+    out = f"SBATCH_OUTPUT={runs / 'again.out'}"
+    said = cluster.run("env", out, "bash", str(script), "--run_dir", str(runs / "again"), cwd=runs.folder)
+    job = said.removeprefix("Submitted batch job ").strip()
+    assert cluster.wait_for(job) == "COMPLETED"
+    runs.assert_same("whole-5", "again")
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "said"),
+    [
+        ([], ["--nnodes", "3"], "error: --nnodes: comes from the allocation"),
+        ([], [], "error: nothing to train; give --config FILE"),
+        ([], ["--nproc-per-node"], "error: --nproc-per-node: expected a value after it"),
+        (["--array=4"], ["--seed=3", "--run_dir=a", "--lr=1"], "error: --seed: 3, expected none: tasks of an array"),
+        (["--array=4"], ["--lr", "1"], "error: --run_dir: missing; an array needs a folder"),
+        (["--chdir=/"], ["--lr", "1"], "error: no launch/environment.sh in /; submit from"),
+    ],
+)
+def test_a_job_that_cannot_start_says_why_and_is_not_queued_again(
+    cluster: Cluster, runs: Runs, options: list[str], arguments: list[str], said: str
+) -> None:
+    job = submit(cluster, runs, options, arguments)
+    assert cluster.wait_for(job) == "FAILED"
+    fields = cluster.fields(job)
+    assert (fields["ExitCode"], fields["Restarts"]) == ("2:0", "0")
+    assert said in output(runs, fields["JobId"])
+
+
+def test_a_run_that_fails_is_not_queued_again(cluster: Cluster, runs: Runs) -> None:
+    arguments = [*runs.arguments("bad", "--cohrt", "3")[1:], "--max-restarts", "0"]
+    job = submit(cluster, runs, ["--nodes=1"], arguments)
+    assert cluster.wait_for(job) == "FAILED"
+    assert cluster.fields(job)["Restarts"] == "0"
+    assert "fedkernels: error: cohrt: unknown key; did you mean 'cohort'?" in output(runs, job)

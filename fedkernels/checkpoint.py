@@ -67,6 +67,7 @@ def save(root: Path, engine: Engine, fingerprint: dict[str, Any], totals: dict[s
             partial.mkdir(parents=True)
 
     def write() -> dict[str, str]:
+        collectives.at(engine.round, "checkpoint")
         hashes = {}
         for name, tensors in _files(engine):
             hashes[name] = _write(partial / name, save_tensors(tensors))
@@ -101,6 +102,7 @@ def save(root: Path, engine: Engine, fingerprint: dict[str, Any], totals: dict[s
     attempt(prepare)
     written = attempt(write)
     attempt(publish)
+    collectives.at(engine.round, "saved")
     return final
 
 

@@ -17,7 +17,9 @@ import torch.distributed as dist
 from .checkpoint import CheckpointError
 from .config import CHOICES, Config, ConfigError, describe, load, make, nearest, parse_overrides, parse_value
 from .diagnostics.settings import DiagnosisSettings
+from .federated.aggregate import ExactSumError
 from .federated.engine import NonFiniteUpdateError
+from .federated.watch import LostRankError
 from .formats import format_epsilon
 from .kernels.dispatch import BackendError
 from .planning.network import Network
@@ -42,8 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (BackendError, CheckpointError, NonFiniteUpdateError, OSError) as error:
+    except (BackendError, CheckpointError, ExactSumError, NonFiniteUpdateError, OSError) as error:
         return _fail(error, 1)
+    except LostRankError as error:
+        if error.first:
+            print(f"fedkernels: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # to leave the process group in order takes all ranks
     except KeyboardInterrupt:
         return 130
     finally:

@@ -109,6 +109,7 @@ class Config:
         microbatch_size: samples of a mini-batch that go forward and backward at once, to save memory; null for all.
         placement: balance ranks by estimated work, or also by measured speed.
         reduce_dtype: of sums over clients; float64 hides rank count and order, float32 halves link bytes.
+        reduction: exact sums over clients are the same bits on any number of ranks, at twice the link bytes of float64.
         on_nonfinite: what a client that sends NaN or infinity does to the run.
         kernels: what optimizer steps and the other ops run on; auto takes the fastest backend that can run each.
         device: where clients train.
@@ -145,6 +146,7 @@ class Config:
     microbatch_size: Count | None = None
     placement: Literal["estimated", "measured"] = "estimated"
     reduce_dtype: Literal["float64", "float32"] = "float64"
+    reduction: Literal["exact", "fast"] = "fast"
     on_nonfinite: Literal["error", "drop_client"] = "error"
     kernels: KernelsName = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -161,6 +163,8 @@ class Config:
             raise ConfigError(f"cohort: {self.cohort} is more than the number of clients, {self.clients}")
         if self.local_steps is None and self.local_epochs is None:
             raise ConfigError("local_steps: missing; set local_steps, local_epochs or both")
+        if self.reduction == "exact" and self.reduce_dtype != "float64":
+            raise ConfigError(f"reduce_dtype: {self.reduce_dtype}, expected float64 with reduction: exact")
 
 
 def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:

@@ -34,8 +34,8 @@ FREE_KEYS = {
     "checkpoint_every",
     "keep_checkpoints",
     "store_memory_bytes",
-    "on_nonfinite",
     "timeout_s",
+    "on_nonfinite",
 }
 
 # Keys that a continuation keeps, although the numbers do not depend on them.

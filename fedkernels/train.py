@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoint
+from . import checkpoint, faults
 from .config import Config
 from .data.datasets import Dataset
 from .data.partition import Partition
@@ -104,9 +104,14 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
         CheckpointError: no whole checkpoint to resume from, or one of another configuration.
         NonFiniteUpdateError: a client sent NaN or infinity and the configuration says `error`.
         OSError: the metrics cannot be written; the state up to that round is in a checkpoint.
+        LostRankError: another rank failed, died, or did not come to a collective within `timeout_s`.
     """
     device = pick_device(config.device)
-    collectives = join(device, config.timeout_s)
+    with join(device, config.timeout_s, faults.from_environment(config.run_dir)) as collectives:
+        return _train(config, device, collectives, resume)
+
+
+def _train(config: Config, device: torch.device, collectives: Collectives, resume: bool) -> Outcome:
     leader = collectives.rank == 0
     again = collectives.agree(lambda: leader and begun_by_this_job(config.run_dir))
     resume = any(collectives.gather(resume or again))
@@ -165,6 +170,7 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
         finally:
             if log is not None:
                 log.close()
+        collectives.at(engine.round, "report")
         # Nobody leaves before the leader is done: launchers end all ranks when one exits as stopped.
         collectives.agree(lambda: _finish(config, data, engine) if leader else None)
     return Outcome(config.run_dir, engine.round, stopped_by)

@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from support import tiny_engine
+from cases import CASES
+from support import tiny_engine, tiny_model
 from torch import Tensor
 
 from fedkernels.algorithms import DpFedAvg, FedAvg
 from fedkernels.config import load
 from fedkernels.contract import Task, Vectors
+from fedkernels.federated.aggregate import Aggregator, ExactSumError
 from fedkernels.federated.collectives import Collectives
 from fedkernels.privacy.mechanism import Privacy
 from fedkernels.train import build
+from fedkernels.wire import Wire
 
 
 def each_collective(collectives: Collectives) -> dict[str, Any]:
@@ -113,6 +116,37 @@ def secrets_on_ranks(collectives: Collectives, noise: str) -> dict[str, Any]:
     drawn = engine.mechanism.seed
     engine.run_round()
     return {"drawn": drawn, "settled": engine.mechanism.seed, "x": engine.server.x.numpy().copy()}
+
+
+def exact_on_ranks(collectives: Collectives, names: list[str]) -> dict[str, Any]:
+    """Server state in float64, losses and link bytes of algorithms after two rounds, with exact sums and without."""
+    out: dict[str, Any] = {}
+    for name in names:
+        for reduction in ("exact", "fast"):
+            case = CASES[name]
+            options = {"reduction": reduction, "clients_per_batch": 1}
+            if not case.private:
+                options["weighting"] = "samples"
+            engine = case.engine(collectives=collectives, **options)
+            rows = [engine.run_round() for _ in range(2)]
+            state = torch.cat([engine.server[key].flatten() for key in sorted(engine.server)])
+            told = [(row["train_loss"], row["cohort"]) for row in rows]
+            out[name, reduction] = (state.numpy().copy(), told, rows[0]["link_bytes"])
+    return out
+
+
+def too_large_on_ranks(collectives: Collectives) -> str:
+    """What every rank raises where one meets a term that does not fit an exact sum."""
+    layout = FedAvg().layout(tiny_model(), None)
+    aggregator = Aggregator({"delta": Wire()}, layout, torch.zeros(layout.d), torch.int64, 3)
+    aggregator.reset(2)
+    huge = 2.0**35 if collectives.rank == 1 else 1.0
+    aggregator.add({"delta": torch.full((1, layout.d), huge)}, [1.0], [None], [0])
+    try:
+        aggregator.reduce(collectives, [[0, 1]])
+    except ExactSumError as error:
+        return str(error)
+    return ""
 
 
 def planned_rounds(collectives: Collectives, path: str, overrides: dict[str, Any]) -> list[dict[str, Any]]:

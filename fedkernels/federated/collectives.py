@@ -2,37 +2,102 @@
 
 Every method does nothing on one rank, and every byte it puts on a link is added to `link_bytes`, summed over ranks:
 a ring all-reduce of n bytes moves 2(W−1)n in all, a broadcast (W−1)n, a point-to-point message n.
+
+Every collective ends within the time-out of the process group, and where it fails, the ranks at fault are named.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from ..faults import Faults
+from .watch import BEAT_S, LostRankError, Watch
 
 T = TypeVar("T")
 
 
 class Collectives:
-    """The process group as the engine uses it; a single process when `torch.distributed` is not initialised."""
+    """The process group as the engine uses it; a single process when `torch.distributed` is not initialised.
 
-    def __init__(self) -> None:
+    Args:
+        watch: names the ranks at fault; without one, what fails raises the backend's own error.
+        faults: that are to happen to this rank, in tests.
+
+    Raises:
+        LostRankError: by every collective, where another rank fails, dies, or does not come to it in time.
+    """
+
+    def __init__(self, watch: Watch | None = None, faults: Faults | None = None) -> None:
         self.on = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.on else 0
         self.world_size = dist.get_world_size() if self.on else 1
         self.link_bytes = 0
+        self.watch, self.faults = watch, faults
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Leave the job, telling the others with what this rank fails, if it does."""
+        if self.watch is not None:
+            self.watch.leave(error)
+
+    def at(self, round: int, stage: str) -> None:
+        """Say where this rank is: it comes to a stage of a round."""
+        if self.watch is not None:
+            self.watch.at(round, stage)
+        if self.faults is not None:
+            self.faults.at(round, stage)
 
     def all_reduce(self, bucket: Tensor) -> Tensor:
         """Sum `bucket` over ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(bucket)
+            with self._named():
+                self._arrive(bucket.device)
+                self._finish(dist.all_reduce(bucket, async_op=True), bucket.device)
             self.link_bytes += 2 * (self.world_size - 1) * bucket.numel() * bucket.element_size()
         return bucket
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """What fails in a collective is some other rank's fault: say whose."""
+        if self.watch is not None:
+            self.watch.enter()
+        try:
+            yield
+        except LostRankError:
+            raise
+        except RuntimeError as error:
+            if self.watch is None:
+                raise
+            raise self.watch.lost(error) from error
+
+    def _arrive(self, device: torch.device) -> None:
+        """Meet all ranks on the host before an operation on a GPU, which nobody could be called back from."""
+        if self.watch is not None and device.type == "cuda":
+            here = torch.zeros(1)
+            self._finish(dist.all_reduce(here, async_op=True), here.device)
+
+    def _finish(self, work: Any, device: torch.device) -> None:
+        """Wait for an operation; on the host no longer than until it is known that a rank will not come to it."""
+        while self.watch is not None and device.type == "cpu" and not work.is_completed():
+            try:
+                work.wait(timedelta(seconds=BEAT_S))
+            except RuntimeError:
+                if work.is_completed():  # and failed
+                    raise
+            if self.watch.verdict is not None:
+                raise LostRankError(self.watch.verdict, first=self.watch.first)
+        work.wait()
 
     def reduce_blocks(self, sums: Tensor, blocks: Sequence[slice], holders: Sequence[Sequence[int]]) -> None:
         """Sum each block of `sums [d]` over the ranks that hold it, then give the result to all ranks, in place.
@@ -67,16 +132,18 @@ class Collectives:
                     part = torch.empty_like(sums[block])
                     operations.append(dist.P2POp(dist.irecv, part, rank, tag=b))
                     received.append((block, part))
-        self._wait(operations)
-        for block, part in received:
-            sums[block] += part
-        broadcasts: list[Any] = []
-        for block, owner in zip(blocks, owners, strict=True):
-            if owner is not None:
-                broadcasts.append(dist.broadcast(sums[block], src=owner, async_op=True))
-                self.link_bytes += (self.world_size - 1) * (block.stop - block.start) * sums.element_size()
-        for broadcast in broadcasts:
-            broadcast.wait()
+        with self._named():
+            self._arrive(sums.device)
+            self._wait(operations)
+            for block, part in received:
+                sums[block] += part
+            broadcasts: list[Any] = []
+            for block, owner in zip(blocks, owners, strict=True):
+                if owner is not None:
+                    broadcasts.append(dist.broadcast(sums[block], src=owner, async_op=True))
+                    self.link_bytes += (self.world_size - 1) * (block.stop - block.start) * sums.element_size()
+            for broadcast in broadcasts:
+                self._finish(broadcast, sums.device)
 
     def exchange(
         self,
@@ -99,7 +166,8 @@ class Collectives:
                 operations.append(dist.P2POp(dist.isend, next(sending), target))
             elif self.rank == target:
                 operations.append(dist.P2POp(dist.irecv, next(receiving), source))
-        self._wait(operations)
+        with self._named():
+            self._wait(operations)
         self.link_bytes += len(moves) * message_bytes
 
     @staticmethod
@@ -126,20 +194,45 @@ class Collectives:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with self._named():
+            dist.all_gather_object(values, value)
         return values
 
 
-def join(device: torch.device, timeout_s: float = 600.0) -> Collectives:
-    """Join the process group that torchrun announces in the environment, or stay a single process."""
+def join(device: torch.device, timeout_s: float = 600.0, faults: Faults | None = None) -> Collectives:
+    """Join the process group that torchrun announces in the environment, or stay a single process.
+
+    Args:
+        timeout_s: longest a rank waits for the others, at the start and in every collective.
+        faults: that are to happen to this rank, in tests.
+
+    Raises:
+        LostRankError: a rank did not start in time.
+    """
     if "WORLD_SIZE" not in os.environ or not dist.is_available():
-        return Collectives()
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        # NCCL wants all ranks in its first operation, and a move of client state has two of them.
-        dist.all_reduce(torch.zeros(1, device=device))
-    return Collectives()
+        return Collectives(faults=faults)
+    if dist.is_initialized():
+        return Collectives(faults=faults)
+    rank, world_size, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=timeout_s)
+    # torchrun's agent holds the store, and keeps it when it starts the ranks anew; without one the first rank does.
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    prefix = f"fedkernels/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world_size}"
+    try:
+        store: Any = TCPStore(address, port, world_size, rank == 0 and not agent, timeout, wait_for_workers=False)
+        table = PrefixStore(f"{prefix}/watch", store.clone())
+        watch = Watch(table, rank, world_size, timeout_s, agent=agent)
+        watch.start()
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise LostRankError(f"rank {rank} does not reach the job's store at {address}:{port}: {error}") from error
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    group = PrefixStore(f"{prefix}/group", store)
+    dist.init_process_group(backend, timeout=timeout, store=group, rank=rank, world_size=world_size)
+    collectives = Collectives(watch, faults)
+    # NCCL wants all ranks in its first operation, and a move of client state has two of them.
+    collectives.all_reduce(torch.zeros(1, device=device))
+    collectives.link_bytes = 0
+    return collectives
 
 
 def pick_device(name: str) -> torch.device:

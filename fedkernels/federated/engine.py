@@ -123,7 +123,7 @@ class Engine:
             self.wires,
             self.layout,
             x,
-            getattr(torch, settings.reduce_dtype),
+            torch.int64 if settings.reduction == "exact" else getattr(torch, settings.reduce_dtype),
             N_SLOTS + 2 * self.collectives.world_size,
             self.mechanism,
         )
@@ -239,12 +239,14 @@ class Engine:
         nominal = self.nominal_round(len(ids), lr)
         costs = self.batches.steps(ids).astype(float).tolist()
         placed = place(ids, costs, self.owners, self._speeds)
+        self.collectives.at(self.round + 1, "move")
         self._move(ids, placed)
 
         aggregator = self._aggregator
         aggregator.reset(len(ids))
         down = self.down()
         bad: list[str] = []
+        self.collectives.at(self.round + 1, "train")
         busy_start = time.perf_counter()
         mine = placed[rank]
         for first in range(0, len(mine), choice.clients_per_batch):
@@ -262,6 +264,7 @@ class Engine:
         ]
         if private and rank == 0:
             aggregator.add_noise(self.round)
+        self.collectives.at(self.round + 1, "reduce")
         agg = aggregator.reduce(self.collectives, holders)
         loss_sum, loss_count, clients, steps, dropped, stop, *per_rank = slots.tolist()
         self.dropped = [text for texts in self.collectives.gather(bad) for text in texts] if dropped else []
@@ -269,6 +272,7 @@ class Engine:
             raise NonFiniteUpdateError("; ".join(self.dropped))
         self.stop_agreed = stop > 0
         metrics: dict[str, float | None] = {}
+        self.collectives.at(self.round + 1, "server")
         # Under privacy an empty cohort is a round like any other: to skip it would tell that it was empty.
         if clients or private:
             done = nominal
@@ -358,6 +362,8 @@ class Engine:
         if written := [name for name, value in down.items() if value._version != versions[name]]:
             raise RuntimeError(f"{type(self.algorithm).__name__}.client wrote to {', '.join(written)} in place")
         self._check_up(up, len(ids))
+        if self.collectives.faults is not None:
+            self.collectives.faults.spoil(up, self.round + 1)
         if self._encoder:
             up = self._encoder(up, ids, mine, self.round, stored)
         stored |= {name: keep[name] for name in self.algorithm.keep}
@@ -371,10 +377,11 @@ class Engine:
                 heard = {name: stored[name][c : c + 1] for name in self.store.names}
                 self.store.put([client], heard if finite[c] else self.store.get([client]))
         kept = torch.tensor(finite, device=task.loss_sum.device)
-        aggregator.slots[LOSS_SUM] += torch.where(kept, task.loss_sum, 0).sum()
-        aggregator.slots[LOSS_COUNT] += torch.where(kept, task.loss_count, 0).sum()
+        aggregator.tally(LOSS_SUM, torch.where(kept, task.loss_sum, 0))
+        aggregator.tally(LOSS_COUNT, torch.where(kept, task.loss_count, 0))
+        weighted = [w * k if sent else 0 for w, k, sent in zip(weights, steps, finite, strict=True)]
+        aggregator.tally(STEPS, aggregator.slots.new_tensor(weighted))
         aggregator.slots[CLIENTS] += sum(finite)
-        aggregator.slots[STEPS] += sum(w * k for w, k, sent in zip(weights, steps, finite, strict=True) if sent)
         return [
             f"client {client} sent NaN or infinity in round {self.round + 1}"
             for client, sent in zip(ids, finite, strict=True)
@@ -430,6 +437,7 @@ class Engine:
 
     def evaluate(self) -> dict[str, float]:
         """Loss, accuracy and the task's own metrics of the server model on the test set, shared out over ranks."""
+        self.collectives.at(self.round, "evaluate")
         module = self.objective.module
         self._bound.bind(self.server.x, None)
         module.eval()

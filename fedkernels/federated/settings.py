@@ -27,6 +27,7 @@ class EngineSettings:
         placement: `estimated` balances local steps over ranks, `measured` also each rank's measured speed.
         microbatch_size: samples of a mini-batch that go forward and backward at once; None for all of them.
         reduce_dtype: of sums over clients; `float64` makes float32 results independent of ranks and their order.
+        reduction: `exact` sums integers, whose sum no number and order of ranks can change; `fast` sums `reduce_dtype`.
         kernels: what optimizer steps and the other ops run on; `auto` takes the fastest backend that can run each.
         store_memory_bytes: client state held in memory per rank before pages are mapped from files.
         privacy: how an algorithm's private wires are released; they need it, and no other wires may be there with it.
@@ -47,6 +48,7 @@ class EngineSettings:
     microbatch_size: int | None = None
     placement: Literal["estimated", "measured"] = "estimated"
     reduce_dtype: Literal["float64", "float32"] = "float64"
+    reduction: Literal["exact", "fast"] = "fast"
     on_nonfinite: Literal["error", "drop_client"] = "error"
     kernels: KernelsName = "auto"
     store_memory_bytes: float = 2.0**30

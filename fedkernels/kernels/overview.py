@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from .dispatch import BACKENDS, MISSING, ON_ROWS, VARIABLES, Backend, Choice, Rule, choose
+from .exact_sum import RULES as EXACT
 from .newton_schulz import RULES as ON_MATRICES
 
 # Rows [C, d] of models people train: those of the papers' settings, and one of each order of magnitude.
@@ -25,7 +26,7 @@ OPS: dict[str, Mapping[Backend, Rule]] = dict.fromkeys(
         "encode_int8", "encode_bf16", "accumulate", "square_sums",
     ),
     ON_ROWS,
-)  # fmt: skip
+) | {"exact_add": EXACT}  # fmt: skip
 
 # Hidden matrices [count, rows, cols] of models people train, a batch for each shape; of Llama 3.2 the one with 1 B
 # parameters, and the adapters of its queries and values.

@@ -1,259 +1,138 @@
-"""Kernels over flat rows against what PyTorch offers for the same job: seconds, bytes a second, shares of a copy.
+"""Every kernel against what PyTorch and other libraries offer for the same job: rates, shares of a ceiling, errors.
 
-Every variant works on the same memory and takes turns with the others; a ratio is between neighbours in time. Before
-anything is timed, each variant takes a step that is compared with the equations in float64; one that differs stops the
-benchmark.
+All variants of a job work on the same memory and take turns; a ratio is between neighbours in time. Before anything is
+timed, each is compared with the equations in float64; one that differs stops the benchmark. The ceiling takes its turn
+too: a copy beside steps over rows, a product of large square matrices beside those of matrices.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import muon_step
+import newton_schulz
+import roofline
 import round_tail
+import steps
 import torch
 from common import arguments, report
-from torch import Tensor
-from turns import Variant, in_turns
+from shapes import NAMES, Workload, workload
+from turns import Job, measure
 
-from fedkernels.kernels.fused_adamw import fused_adamw
-from fedkernels.kernels.fused_sam import fused_sam
-from fedkernels.kernels.fused_sgd import fused_sgd
-from fedkernels.kernels.overview import SHAPES
-
-LR, BETA1, BETA2, EPS, DECAY, ALPHA, MOMENTUM, RHO = 1e-3, 0.9, 0.999, 1e-8, 0.01, 0.5, 0.9, 0.05
-STEP, SEEN = 3, 20  # k of m, and how many steps v had seen before
-CHECKED = 100_000  # leading columns of every row that are compared with float64
-TOLERANCE = 1e-4  # largest error, as a share of the largest distance that the step moves
+GIB = 2**30
 
 
-class Problem:
-    """The tensors `[C, d]` of a step, on which all variants work in turns."""
+@dataclass(frozen=True)
+class Family:
+    """A module with the jobs of some ops, and the shapes that its ops run on where none is asked for."""
 
-    def __init__(self, clients: int, d: int, gradient: torch.dtype, device: torch.device) -> None:
-        self.y, self.m, self.v, self.buffer = (torch.empty(clients, d, device=device) for _ in range(4))
-        self.g = torch.empty(clients, d, dtype=gradient, device=device)
-        # What peers need: gradients in float32.
-        self.wide_g = self.g if gradient == torch.float32 else torch.empty(clients, d, device=device)
-        self.G = torch.empty(d, device=device)
-        self.lr, self.step = torch.tensor(LR, device=device), torch.tensor(STEP, device=device)
-        self.v_steps = torch.full((clients,), SEEN, device=device)
-        self.reset()
+    module: ModuleType
+    shapes: dict[str, tuple[str, ...]]
+    matrices: bool = False
 
-    def reset(self) -> None:
-        generator = torch.Generator(self.y.device).manual_seed(0)
-        for tensor in (self.y, self.m, self.v, self.g, self.G):
-            tensor.normal_(0, 1e-2, generator=generator)
-        self.v.square_()
-        self.buffer.fill_(torch.nan)
+    def elements(self, work: Workload) -> int:
+        return sum(n * rows * cols for n, rows, cols in work.matrices) if self.matrices else work.clients * work.d
 
-    def widen(self) -> Tensor:
-        return self.g if self.wide_g is self.g else self.wide_g.copy_(self.g)
-
-    def optimizer(self, kind: type[torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
-        """One of torch's optimizers over the rows, its state in this memory."""
-        rows = [row.requires_grad_() for row in self.y.unbind()]
-        optimizer = kind(rows, lr=LR, weight_decay=DECAY, fused=True, **options)
-        for row, g, m, v in zip(rows, self.wide_g, self.m, self.v, strict=True):
-            row.grad = g
-            state = {"step": torch.tensor(0.0, device=row.device), "exp_avg": m, "exp_avg_sq": v}
-            optimizer.state[row] = {"momentum_buffer": m} if kind is torch.optim.SGD else state
-        return optimizer
+    @property
+    def jobs(self) -> Callable[[str, Workload, torch.dtype, torch.device], Iterator[Job]]:
+        return self.module.jobs  # type: ignore[no-any-return]
 
 
-def true_step(p: Problem, seen: int, alpha: float, *, sgd: bool) -> tuple[Tensor, Tensor]:
-    """Old and new parameters by the equations, in float64, of the columns that are checked."""
-    y, m, v, g, G = (tensor[..., :CHECKED].double() for tensor in (p.y, p.m, p.v, p.g, p.G))
-    if sgd:
-        return y, y - LR * (MOMENTUM * m + g + DECAY * y)
-    m, v = BETA1 * m + (1 - BETA1) * g, BETA2 * v + (1 - BETA2) * g * g
-    local = (m / (1 - BETA1**STEP)) / ((v / (1 - BETA2 ** (seen + STEP))).sqrt() + EPS) + DECAY * y
-    return y, y - LR * (local + alpha * G)
+ON_ROWS = {"cpu": ("vit_tiny x 10", "vit_b"), "cuda": ("lenet5 x 10", "vit_tiny x 10", "vit_b", "llama_1b")}
+FAMILIES = (
+    Family(steps, ON_ROWS),
+    Family(round_tail, {"cpu": ("vit_tiny x 10",), "cuda": ("vit_tiny x 10", "gpt2")}),
+    Family(
+        newton_schulz,
+        {"cpu": ("vit_tiny", "llama_1b_lora_r16"), "cuda": ("vit_tiny", "gpt2", "llama_1b", "llama_1b_lora_r16")},
+        matrices=True,
+    ),
+    Family(muon_step, {"cpu": ("vit_tiny",), "cuda": ("vit_tiny", "gpt2")}, matrices=True),
+)
+OPS = {op: family for family in FAMILIES for op in family.module.OPS}
+COLUMNS = [
+    "op", "shape", "dtype", "threads", "variant", "ms", "GB/s", "GFLOP/s", "of the ceiling", "time / ours", "error",
+]  # fmt: skip
 
 
-def adamw(p: Problem) -> list[Variant]:
-    """Federated AdamW: a second moment with a longer past than the first, and a global direction."""
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
-    def fused() -> Tensor:
-        fused_adamw(
-            p.y, p.m, p.v, p.g, lr=p.lr, step=p.step, v_steps=p.v_steps, beta1=BETA1, beta2=BETA2, eps=EPS,
-            weight_decay=DECAY, alpha=ALPHA, G=p.G,
-        )  # fmt: skip
-        return p.y
 
-    def by_hand(y: Tensor, m: Tensor, v: Tensor, g: Tensor, G: Tensor) -> Tensor:
-        g = g.to(y.dtype)
-        m.mul_(BETA1).add_(g, alpha=1 - BETA1)
-        v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
-        denominator = (v / (1 - BETA2 ** (SEEN + STEP))).sqrt_().add_(EPS)
-        y.mul_(1 - LR * DECAY)
-        y.addcdiv_(m, denominator, value=-LR / (1 - BETA1**STEP))
-        return y.add_(G, alpha=-LR * ALPHA)
-
-    compiled = torch.compile(by_hand)
-    optimizer = p.optimizer(torch.optim.AdamW, betas=(BETA1, BETA2), eps=EPS)
-    group = optimizer.param_groups[0]
-    # Torch's AdamW has one counter, here that of v; the learning rate makes up for the correction of m.
-    group["lr"] = LR * (1 - BETA1 ** (SEEN + STEP)) / (1 - BETA1**STEP)
-    group["weight_decay"] = DECAY * LR / group["lr"]
-    counts = [optimizer.state[row]["step"] for row in group["params"]]
-
-    def library() -> Sequence[Tensor]:
-        p.widen()
-        torch._foreach_zero_(counts)
-        torch._foreach_add_(counts, SEEN + STEP - 1)
-        optimizer.step()
-        torch._foreach_add_(group["params"], [p.G] * len(counts), alpha=-LR * ALPHA)
-        return group["params"]
-
-    b, shared = p.g.element_size(), 4 / len(p.y)
-    widened = 0 if b == 4 else b + 4
+def row(result: dict[str, Any]) -> list[Any]:
+    """Its line of the table."""
+    ratio, of_ceiling = result["ours_is_faster"], result["of_ceiling"]["median"]
+    bandwidth = f"{result['rate']['median'] / 1e9:.1f}" if result["limit"] == "memory" else ""
     return [
-        Variant("fedkernels", 24 + b + shared, fused),
-        Variant("AdamW(fused=True), then _foreach_add_", 28 + widened + 8 + shared, library),
-        Variant("operation by operation", 88 + 2 * b + shared, lambda: by_hand(p.y, p.m, p.v, p.g, p.G)),
-        Variant("the same, torch.compile", 24 + b + shared, lambda: compiled(p.y, p.m, p.v, p.g, p.G)),
-    ]
+        result["op"], result["shape"], result["dtype"], result["threads"] if result["device"] == "cpu" else "",
+        result["variant"], f"{1e3 * result['time_s']['median']:.3g}", bandwidth,
+        f"{result['flop_per_s']['median'] / 1e9:.3g}", f"{of_ceiling:.2f}",
+        f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+        " / ".join(f"{value:.1e}" for value in result["errors"].values()),
+    ]  # fmt: skip
 
 
-def sam(p: Problem, *, sgd: bool) -> list[Variant]:
-    """A step of SAM without its gradients: perturb, restore, step. Both gradients are the same here."""
-    none_seen = torch.zeros_like(p.v_steps)
-
-    def finish(source: Tensor | None) -> Tensor:
-        if sgd:
-            fused_sgd(p.y, p.m, p.g, lr=p.lr, momentum=MOMENTUM, weight_decay=DECAY, source=source)
-        else:
-            fused_adamw(
-                p.y, p.m, p.v, p.g, lr=p.lr, step=p.step, v_steps=none_seen, beta1=BETA1, beta2=BETA2, eps=EPS,
-                weight_decay=DECAY, source=source,
-            )  # fmt: skip
-        return p.y
-
-    def in_place() -> Tensor:
-        fused_sam(p.y, p.g, rho=RHO, saved=p.buffer)
-        return finish(p.buffer)
-
-    def own_buffer() -> Tensor:
-        fused_sam(p.y, p.g, rho=RHO, out=p.buffer)
-        return finish(None)
-
-    options = {"momentum": MOMENTUM} if sgd else {"betas": (BETA1, BETA2), "eps": EPS}
-    base = p.optimizer(torch.optim.SGD if sgd else torch.optim.AdamW, **options)
-    rows: list[Tensor] = base.param_groups[0]["params"]
-
-    def base_step() -> None:
-        if not sgd:
-            for row in rows:
-                base.state[row]["step"].fill_(STEP - 1)
-        base.step()
-
-    def usual() -> Sequence[Tensor]:
-        """As SAM's most used implementation writes it."""
-        p.widen()
-        norm = torch.stack([torch.stack([(1.0 * row.grad).norm(p=2)]).norm(p=2) for row in rows])
-        old = []
-        for row, length in zip(rows, norm, strict=True):
-            old.append(row.data.clone())
-            row.add_(1.0 * row.grad * (RHO / (length + 1e-12)))
-        for row, kept in zip(rows, old, strict=True):
-            row.data = kept
-        base_step()
-        new = [row.data for row in rows]
-        for row, home in zip(rows, p.y.unbind(), strict=True):  # for the next turn of the others
-            row.data = home
-        return new
-
-    def careful() -> Sequence[Tensor]:
-        """The same with one buffer made beforehand and no temporary."""
-        p.widen()
-        for row, kept in zip(rows, p.buffer, strict=True):
-            kept.copy_(row)
-            row.addcmul_(row.grad, RHO / (row.grad.norm() + 1e-12))
-            row.copy_(kept)
-        base_step()
-        return rows
-
-    b, step = p.g.element_size(), 16 if sgd else 24
-    widened = 0 if b == 4 else b + 4
-    return [
-        Variant("fedkernels, in place", b + (12 + b) + (step + b), in_place),
-        Variant("fedkernels, buffer of its own", b + (8 + b) + (step + b), own_buffer),
-        Variant("usual: norm, clone, add, swap, fused step", 48 + step + 4 + widened, usual),
-        Variant("careful: copies to a buffer, fused step", 32 + step + 4 + widened, careful),
-    ]
-
-
-def check(p: Problem, variant: Variant, *, sgd: bool, seen: int, alpha: float) -> float:
-    """The largest error of a step, as a share of the distance moved.
-
-    Raises:
-        SystemExit: it is too large; the variant does not compute the same.
-    """
-    p.reset()
-    old, expected = true_step(p, seen, alpha, sgd=sgd)
-    found = torch.stack([row[:CHECKED].double() for row in variant.run()])
-    error = ((found - expected).abs().max() / (expected - old).abs().max()).item()
-    if not error <= TOLERANCE:
-        raise SystemExit(f"{variant.name}: error {error:.2g} of the distance moved, expected at most {TOLERANCE}")
-    return error
+def workload_named(name: str) -> Workload:
+    try:
+        return workload(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 @torch.no_grad()
-def measure(op: str, name: str, gradient: torch.dtype, device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """Times of all variants of one problem, the first being ours."""
-    clients, d = SHAPES[name]
-    p = Problem(clients, d, gradient, device)
-    federated, sgd = op == "adamw", op == "sam_sgd"
-    variants = adamw(p) if federated else sam(p, sgd=sgd)
-    truth = {"sgd": sgd, "seen": SEEN if federated else 0, "alpha": ALPHA if federated else 0.0}
-    errors = [check(p, variant, **truth) for variant in variants]
-    p.reset()
-    copy = Variant("copy", 8, lambda: p.buffer.copy_(p.y))
-    shared = {
-        "op": op, "shape": name, "clients": clients, "d": d, "gradient": str(gradient).removeprefix("torch."),
-        "device": device.type, "threads": torch.get_num_threads(),
-    }  # fmt: skip
-    return [shared | result for result in in_turns(copy, variants, errors, clients * d, device, repeats)]
-
-
 def main() -> None:
     parser = arguments(__doc__ or "")
+    parser.add_argument("--op", nargs="+", choices=[*OPS, "all"], default=["all"])
     parser.add_argument(
-        "--op", nargs="+", choices=["adamw", "sam_adamw", "sam_sgd", "round_tail"], default=["adamw", "sam_adamw"]
-    )
-    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["vit_tiny x 10", "vit_b"])
+        "--shape", nargs="+", type=workload_named, metavar="MODEL[ x CLIENTS]",
+        help=f"models are {', '.join(NAMES)}; where none is given, each op has its own",
+    )  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"], help="of gradients")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="of the CPU, one table part each")
-    parser.add_argument("--repeats", type=int, default=9, help="timed turns of every variant")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns of every variant")
     options = parser.parse_args()
     device = torch.device(options.device)
-    rows, details = [], []
-    for op in options.op:
-        for name in options.shape:
-            for dtype in options.dtype if op != "round_tail" else ["float32"]:
-                for threads in options.threads if device.type == "cpu" else [1]:
-                    torch.set_num_threads(threads)
-                    if op == "round_tail":
-                        results = round_tail.measure(name, device, options.repeats)
-                    else:
-                        results = measure(op, name, getattr(torch, dtype), device, options.repeats)
-                    for result in results:
-                        ratio = result["ours_is_faster"]
-                        rows.append([
-                            result["op"], name, dtype, threads, result["variant"], f"{result['bytes']:g}",
-                            f"{1e3 * result['time_s']['median']:.1f}", f"{result['gb_per_s']['median']:.1f}",
-                            f"{result['of_copy']['median']:.2f}",
-                            f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
-                        ])  # fmt: skip
-                        print(*rows[-1], sep="  ", flush=True)
-                        details.append(result)
-    columns = ["op", "rows", "gradient", "threads", "variant", "B/parameter", "ms", "GB/s", "of a copy", "time / ours"]
-    table = {"columns": columns, "rows": rows}
-    settings = {"huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0") == "1"}
-    report(f"kernels-{device.type}", table, {**settings, "runs": details}, options.out)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} sees no GPU")
+    ops = list(OPS) if "all" in options.op else options.op
+    results, left_out = [], []
+    for op in ops:
+        family = OPS[op]
+        for work in options.shape or map(workload, family.shapes[device.type]):
+            need, free = family.module.PEAK_BYTES * family.elements(work), free_bytes(device)
+            if need == 0 or need > 0.9 * free:
+                why = f"needs {need / GIB:.1f} GiB, {free / GIB:.1f} are free" if need else "has no matrices"
+                left_out.append(f"{op} of {work.name}: {why}")
+                print(f"not run: {left_out[-1]}", flush=True)
+                continue
+            for dtype in options.dtype if family.module is steps else ["float32"]:
+                for job in family.jobs(op, work, getattr(torch, dtype), device):
+                    for threads in options.threads if device.type == "cpu" else [1]:
+                        torch.set_num_threads(threads)
+                        for result in measure(job, device, options.repeats):
+                            results.append(result)
+                            print(*row(result), sep="  ", flush=True)
+                    torch.compiler.reset()  # forgets the tensors that compiled variants hold
+    if not results:
+        parser.error("nothing was run: " + "; ".join(left_out))
+    huge_pages = os.environ.get("THP_MEM_ALLOC_ENABLE", "0") == "1"
+    details = {"huge_pages": huge_pages, "not_run": left_out, "runs": results}
+    path = report(
+        f"kernels-{device.type}", {"columns": COLUMNS, "rows": [row(result) for result in results]}, details,
+        options.out, device.type,
+    )  # fmt: skip
+    roofline.draw(results, path.with_suffix(".png"))
+    print(f"wrote {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

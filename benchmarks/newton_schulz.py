@@ -1,48 +1,44 @@
-"""Newton–Schulz of all hidden matrices of a model against what PyTorch offers: seconds, FLOP/s, errors.
+"""Newton–Schulz of all hidden matrices of a model against what PyTorch and other libraries offer.
 
-Every variant gets the same fresh matrices and takes turns with the others; a ratio is between neighbours in time.
-Before anything is timed, each variant orthogonalises matrices of four spectra, which are compared with the polynomial
-in float64; one that is further off than it may be stops the benchmark.
+Before anything is timed each variant orthogonalises matrices of four spectra, which are compared with the polynomial of
+their singular values in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 
 import torch
-from common import arguments, report, spread
-from kernels import seconds
+from shapes import Workload
 from torch import Tensor
 from torch.optim import _muon
+from turns import Job, Variant, graphed
 
-from fedkernels.kernels.newton_schulz import QUINTIC, newton_schulz
-from fedkernels.kernels.overview import MATRICES
+from fedkernels.kernels.dispatch import MISSING
+from fedkernels.kernels.newton_schulz import QUINTIC, RULES, newton_schulz
+from fedkernels.kernels.newton_schulz.cuda import cuda_on_matrices
 
+OPS = ("newton_schulz",)
 A, B, C = QUINTIC
-STEPS, ROWS, COLS = 5, 256, 1024  # the shape of the matrices of four spectra
+STEPS, EPS = 5, 1e-7
 SPECTRA = ("gaussian", "log3", "log7", "rank16")
+LONGEST = (256, 1024)  # short and long side of the matrices of four spectra, at most
+PEAK_BYTES = 24  # per element of all matrices that a job holds at most
+EXACT, INEXACT = 0.01, 1.0  # largest relative errors: of ours and float32, and of products in 16 bits as others use them
+SQUARE = {"cpu": 2048, "cuda": 8192}  # sides of the product that is the ceiling
+Batched = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A way to orthogonalise a batch `[n, rows, cols]`, and the largest relative error it may have."""
-
-    name: str
-    run: Callable[[Tensor], Any]
-    tolerance: float = 0.01
-
-
-def batched(u: Tensor) -> Tensor:
+def batched(u: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The polynomial in products that add what they are added to."""
     tall = u.shape[-2] > u.shape[-1]
     x = u.mT if tall else u
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + EPS)).to(dtype)
     for _ in range(STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(u.dtype)
 
 
 def loop(u: Tensor) -> list[Tensor]:
@@ -51,7 +47,7 @@ def loop(u: Tensor) -> list[Tensor]:
     for matrix in u:
         tall = len(matrix) > matrix.shape[1]
         x = matrix.T if tall else matrix
-        x = x / (x.norm() + 1e-7)
+        x = x / (x.norm() + EPS)
         for _ in range(STEPS):
             gram = x @ x.T
             x = A * x + (B * gram + C * gram @ gram) @ x
@@ -60,112 +56,181 @@ def loop(u: Tensor) -> list[Tensor]:
 
 
 def muon_of_torch(u: Tensor) -> list[Tensor]:
-    return [_muon._zeropower_via_newtonschulz(matrix, QUINTIC, STEPS, 1e-7) for matrix in u]
+    return [_muon._zeropower_via_newtonschulz(matrix, QUINTIC, STEPS, EPS) for matrix in u]
 
 
-def variants() -> list[Variant]:
+def gram_newton_schulz(u: Tensor) -> Tensor:
+    """Of gram-newton-schulz, with Muon's coefficients, which start again after three steps as ours do."""
+    from gram_newton_schulz import GramNewtonSchulz
+
+    if not hasattr(gram_newton_schulz, "run"):
+        gram_newton_schulz.run = GramNewtonSchulz(  # type: ignore[attr-defined]
+            ns_coefficients=[list(QUINTIC)] * STEPS, gram_newton_schulz_reset_iterations=[3]
+        )
+    return gram_newton_schulz.run(u)  # type: ignore[attr-defined, no-any-return]
+
+
+def quack(u: Tensor) -> Tensor:
+    """The symmetric products of quack-kernels, in float16."""
+    from quack.gemm_interface import gemm_add, gemm_symmetric
+
+    tall = u.shape[-2] > u.shape[-1]
+    x = u.mT if tall else u
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + EPS)).half().contiguous()
+    for _ in range(STEPS):
+        gram = gemm_symmetric(x, x.mT)
+        x = gemm_add(gemm_symmetric(gram, gram, C=gram, alpha=C, beta=B), x, C=x, beta=A)
+    return (x.mT if tall else x).to(u.dtype)
+
+
+def emerging(u: Tensor) -> list[Tensor]:
+    """Of emerging-optimizers, one matrix after the other, in bfloat16 as it is told to by torch's precision."""
+    from emerging_optimizers.orthogonalized_optimizers.muon_utils import newton_schulz
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        return [newton_schulz(matrix, STEPS, "simple") for matrix in u]
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+LIBRARIES: dict[str, tuple[str, Callable[[Tensor], Tensor | Sequence[Tensor]]]] = {
+    "gram_newton_schulz": ("gram-newton-schulz, float16", gram_newton_schulz),
+    "quack": ("symmetric products of quack, float16", quack),
+    "emerging_optimizers": ("emerging-optimizers, bfloat16", emerging),
+}
+
+
+def backends(shape: tuple[int, ...]) -> list[str]:
+    """Of ours on a GPU, those that can run a shape."""
+    rules = RULES | {"cuda": cuda_on_matrices}
+    names = ("cuda", "triton")
+    return [name for name in names if (MISSING[name] or rules[name]("cuda", torch.float32, shape)) is None]
+
+
+class Problem:
+    """The batches of a model, and the one that a variant gets."""
+
+    def __init__(self, work: Workload, device: torch.device) -> None:
+        self.timed = [torch.empty(*shape, device=device) for shape in work.matrices]
+        self.given = self.timed
+        rows, cols = work.matrices[0][1:]
+        self.sides = (min(rows, LONGEST[rows > cols]), min(cols, LONGEST[rows <= cols]))
+        self.device = device
+
+    def prepare(self) -> None:
+        """Fresh matrices, in the same place, where a captured graph reads them."""
+        self.given = self.timed
+        for batch in self.timed:
+            batch.normal_()
+
+    def on_all(self, run: Callable[[Tensor], Tensor | Sequence[Tensor]]) -> Callable[[], list[Tensor | Sequence[Tensor]]]:
+        return lambda: [run(batch) for batch in self.given]
+
+    def spectrum(self, name: str) -> Tensor:
+        """A matrix in float64: Gaussian, of singular values over some decades, or of rank 16."""
+        generator = torch.Generator().manual_seed(0)
+        rows, cols = self.sides
+        u = torch.randn(rows, cols, dtype=torch.float64, generator=generator)
+        if name == "rank16":
+            u = u[:, :16] @ torch.randn(min(16, cols), cols, dtype=torch.float64, generator=generator)
+        elif name != "gaussian":
+            left, s, right = torch.linalg.svd(u, full_matrices=False)
+            u = left * torch.logspace(0, -int(name[3:]), len(s), dtype=s.dtype) @ right
+        return u.to(self.device)
+
+    def errors(self, variant: Variant) -> dict[str, float]:
+        """Relative errors on the four spectra."""
+        found = {}
+        for name in SPECTRA:
+            u = self.spectrum(name)
+            left, s, right = torch.linalg.svd(u, full_matrices=False)
+            s = s / s.norm()
+            for _ in range(STEPS):
+                s = A * s + B * s**3 + C * s**5
+            exact = left * s @ right
+            self.given = [u.float()[None]]
+            found[name] = ((variant.run()[0][0].double() - exact).norm() / exact.norm()).item()
+        return found
+
+
+def variants(p: Problem, work: Workload) -> list[Variant]:
     """Ours first."""
+    ours = p.on_all(lambda u: newton_schulz(u, STEPS))
+    compiled = torch.compile(batched, dynamic=False)
+    ways = [Variant("fedkernels", ours, tolerance=EXACT)]
+    if p.device.type == "cuda":
+        common = set.intersection(*(set(backends(shape)) for shape in work.matrices))
+        ways += [
+            Variant(f"fedkernels, {name}", p.on_all(lambda u, name=name: newton_schulz(u, STEPS, backend=name)), 0, EXACT)
+            for name in sorted(common)
+        ]
+    ways += [
+        Variant("loop over matrices", p.on_all(loop), tolerance=EXACT),
+        Variant("batched by shape, baddbmm", p.on_all(batched), tolerance=EXACT),
+        Variant("the same, torch.compile", p.on_all(compiled), tolerance=EXACT),
+        Variant("torch.optim.Muon's, bfloat16", p.on_all(muon_of_torch), tolerance=INEXACT),
+    ]
+    if p.device.type == "cuda":
+        in_half = p.on_all(lambda u: batched(u, torch.float16))
+        ways += [
+            Variant("batched, baddbmm, float16", in_half, tolerance=INEXACT),
+            *(
+                Variant(title, p.on_all(run), tolerance=INEXACT, foreign=True)
+                for module, (title, run) in LIBRARIES.items()
+                if find_spec(module)
+            ),
+        ]
+    return ways
+
+
+def in_graphs(p: Problem) -> list[Variant]:
+    """What a GPU does when nobody has to launch it."""
+    ways = {"fedkernels": lambda u: newton_schulz(u, STEPS), "batched, float16": lambda u: batched(u, torch.float16)}
     return [
-        Variant("fedkernels", lambda u: newton_schulz(u, STEPS)),
-        Variant("loop over matrices", loop),
-        Variant("batched by shape, baddbmm", batched),
-        Variant("the same, torch.compile", torch.compile(batched, dynamic=False)),
-        Variant("torch.optim.Muon's, bfloat16", muon_of_torch, tolerance=1.0),
+        Variant(f"{name}, CUDA graph", _checked_and_captured(p, run), tolerance=EXACT if name == "fedkernels" else INEXACT)
+        for name, run in ways.items()
     ]
 
 
-def spectrum(name: str, device: torch.device) -> Tensor:
-    """A matrix in float64: Gaussian, of singular values over some decades, or of rank 16."""
-    generator = torch.Generator().manual_seed(0)
-    u = torch.randn(ROWS, COLS, dtype=torch.float64, generator=generator)
-    if name == "rank16":
-        u = u[:, :16] @ torch.randn(16, COLS, dtype=torch.float64, generator=generator)
-    elif name != "gaussian":
-        left, s, right = torch.linalg.svd(u, full_matrices=False)
-        u = left * torch.logspace(0, -int(name[3:]), len(s), dtype=s.dtype) @ right
-    return u.to(device)
+def _checked_and_captured(p: Problem, run: Batched) -> Callable[[], list[Tensor | Sequence[Tensor]]]:
+    """Captured for the matrices that are timed; those that are checked have other shapes."""
+    eager = p.on_all(run)
+    replayed = graphed(eager)
+    return lambda: replayed() if p.given is p.timed else graphed(eager)()
 
 
-def errors(variant: Variant, device: torch.device) -> dict[str, float]:
-    """Relative errors on the four spectra.
-
-    Raises:
-        SystemExit: one is too large; the variant does not compute the same.
-    """
-    found = {}
-    for name in SPECTRA:
-        u = spectrum(name, device)
-        left, s, right = torch.linalg.svd(u, full_matrices=False)
-        s = s / s.norm()
-        for _ in range(STEPS):
-            s = A * s + B * s**3 + C * s**5
-        exact = left * s @ right
-        error = ((variant.run(u.float()[None])[0].double() - exact).norm() / exact.norm()).item()
-        if not error <= variant.tolerance:
-            raise SystemExit(f"{variant.name}: error {error:.2g} on {name}, expected at most {variant.tolerance}")
-        found[name] = error
-    return found
-
-
-def flops(shapes: Sequence[tuple[int, int, int]]) -> float:
+def flops(matrices: Sequence[tuple[int, int, int]]) -> float:
     """Of the standard form without use of symmetry: what rates are given in, whatever a variant really does."""
     total = 0.0
-    for count, rows, cols in shapes:
+    for count, rows, cols in matrices:
         n, m = min(rows, cols), max(rows, cols)
         total += count * STEPS * (4 * n * n * m + 2 * n**3)
     return total
 
 
-@torch.no_grad()
-def measure(name: str, device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """Times of all variants of one model, the first being ours."""
-    shapes, everything = MATRICES[name], variants()
-    wrong = [errors(variant, device) for variant in everything]
-    times: list[list[float]] = [[] for _ in everything]
-    for r in range(repeats + 1):
-        batches = [torch.randn(*shape, device=device) for shape in shapes]
-        for i in range(len(everything))[:: 1 if r % 2 == 0 else -1]:
-            run = everything[i].run
-            elapsed = seconds(lambda run=run, batches=batches: [run(batch) for batch in batches], device)
-            if r > 0:  # the first turn warms up
-                times[i].append(elapsed)
-    return [
-        {
-            "op": "newton_schulz", "shape": name, "matrices": shapes, "device": device.type,
-            "threads": torch.get_num_threads(), "variant": variant.name, "errors": error, "times_s": taken,
-            "time_s": spread(taken), "gflop_per_s": spread([flops(shapes) / t / 1e9 for t in taken]),
-            "ours_is_faster": spread([t / ours for t, ours in zip(taken, times[0], strict=True)]),
-        }
-        for variant, taken, error in zip(everything, times, wrong, strict=True)
-    ]  # fmt: skip
+def square_product(device: torch.device) -> tuple[Callable[[], Tensor], float]:
+    """The ceiling of matrices: the product of two large ones, of what kernels multiply there; and its FLOP."""
+    side, dtype = SQUARE[device.type], torch.float16 if device.type == "cuda" else torch.float32
+    a, b, c = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(3))
+    for factor in (a, b):
+        factor.normal_()
+    return lambda: torch.mm(a, b, out=c), 2.0 * side**3
 
 
-def main() -> None:
-    parser = arguments(__doc__ or "")
-    parser.add_argument("--shape", nargs="+", choices=list(MATRICES), default=["vit_tiny"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="of the CPU, one table part each")
-    parser.add_argument("--repeats", type=int, default=9, help="timed turns of every variant")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    rows, details = [], []
-    for name in options.shape:
-        for threads in options.threads if device.type == "cpu" else [1]:
-            torch.set_num_threads(threads)
-            for result in measure(name, device, options.repeats):
-                ratio = result["ours_is_faster"]
-                rows.append([
-                    name, threads, result["variant"], f"{1e3 * result['time_s']['median']:.1f}",
-                    f"{result['gflop_per_s']['median']:.0f}",
-                    f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
-                    " / ".join(f"{100 * result['errors'][spectrum]:.2g}" for spectrum in SPECTRA),
-                ])  # fmt: skip
-                print(*rows[-1], sep="  ", flush=True)
-                details.append(result)
-    errors_of = "error %, " + " / ".join(SPECTRA)
-    columns = ["matrices of", "threads", "variant", "ms", "GFLOP/s of the standard form", "time / ours", errors_of]
-    report(f"newton-schulz-{device.type}", {"columns": columns, "rows": rows}, {"runs": details}, options.out)
-
-
-if __name__ == "__main__":
-    main()
+def jobs(op: str, work: Workload, dtype: torch.dtype, device: torch.device) -> Iterator[Job]:
+    """The one job of this op, in float32."""
+    p = Problem(work, device)
+    ceiling, ceiling_work = square_product(device)
+    yield Job(
+        facts={"op": op, "shape": work.name, "dtype": "float32", "matrices": work.matrices},
+        variants=[*variants(p, work), *(in_graphs(p) if device.type == "cuda" else [])],
+        errors=p.errors,
+        flops=flops(work.matrices),
+        bytes=8.0 * sum(batch.numel() for batch in p.timed),
+        ceiling=ceiling,
+        ceiling_work=ceiling_work,
+        limit="arithmetic",
+        prepare=p.prepare,
+    )

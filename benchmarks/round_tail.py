@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from shapes import Workload
 from torch import Tensor
-from turns import Variant, in_turns
+from turns import Job, Variant
 
-from fedkernels.kernels.overview import SHAPES
 from fedkernels.kernels.round_tail import Draws, accumulate, encode_bf16, encode_int8, square_sums
 
 CHUNK, CLIP = 256, 1.0
 CHECKED = 100_096  # leading columns that are compared with float64, whole chunks
-JOBS = ("int8", "bf16", "sum", "clip")
+OPS = ("round_tail",)
+PEAK_BYTES = 50  # per parameter that a job holds at most, temporaries of the slowest variant included
+# The jobs, and their FLOP per parameter: counted in the equations, without what random numbers cost.
+FLOPS = {"int8": 10, "bf16": 4, "sum": 2, "clip": 4}
 
 
 class Problem:
@@ -58,7 +61,7 @@ def unfused_bf16(y: Tensor, x: Tensor, residual: Tensor) -> Tensor:
 
 def variants(p: Problem, job: str) -> list[Variant]:
     """Ways to do a job, ours first. Each returns what is checked."""
-    C = len(p.y)
+    C, size = len(p.y), p.y.numel()
 
     def with_compiled(
         fused: float, ours: Callable[[], Any], unfused: float, theirs: Callable[..., Any], *given: Any
@@ -66,9 +69,9 @@ def variants(p: Problem, job: str) -> list[Variant]:
         # Without it the compiler leaves out roundings, and with them what error feedback is about.
         compiled = torch.compile(theirs, options={"emulate_precision_casts": True})
         return [
-            Variant("fedkernels", fused, ours),
-            Variant("operation by operation", unfused, lambda: theirs(*given)),
-            Variant("the same, torch.compile", fused, lambda: compiled(*given)),
+            Variant("fedkernels", ours, size * fused),
+            Variant("operation by operation", lambda: theirs(*given), size * unfused),
+            Variant("the same, torch.compile", lambda: compiled(*given), size * fused),
         ]
 
     if job == "int8":
@@ -114,13 +117,8 @@ def variants(p: Problem, job: str) -> list[Variant]:
     return with_compiled(8 + 16 / C, clip, 4 + 12 + 16 + 24, clip_one_by_one, p.sums, p.y)
 
 
-def check(p: Problem, job: str, variant: Variant) -> float:
-    """The largest error, as a share of the scale of a chunk or of the largest sum.
-
-    Raises:
-        SystemExit: it is too large; the variant does not compute the same.
-    """
-    p.reset()
+def error(p: Problem, job: str, variant: Variant) -> float:
+    """The largest error, as a share of what the scale of a chunk or rounding allows."""
     y, x, before = (tensor[..., :CHECKED].double().clone() for tensor in (p.y, p.x, p.residual))
     found = variant.run()
     if job in ("int8", "bf16"):
@@ -132,30 +130,27 @@ def check(p: Problem, job: str, variant: Variant) -> float:
         else:
             unit, received, allowed = v.abs() + 1e-3, found[:, : y.shape[1]].double(), 2.0**-8
         # Nothing is lost but what the residual keeps, and that is below the unit.
-        error = max(
-            ((v - received - lost) / unit).abs().max().item() / 1e-3, (lost / unit).abs().max().item() / allowed
-        )
-    else:
-        factors = p.weights if job == "sum" else (CLIP / p.y.double().norm(dim=1)).clamp(max=1)
-        expected = (factors[:, None] * y).sum(0)
-        error = ((found[: len(expected)] - expected).abs().max() / expected.abs().max()).item() / 1e-6
-    if not error <= 1:
-        raise SystemExit(f"{job}, {variant.name}: error {error:.2g} of what is allowed")
-    return error
+        balance, largest = ((v - received - lost) / unit).abs().max().item(), (lost / unit).abs().max().item()
+        return max(balance / 1e-3, largest / allowed)
+    factors = p.weights if job == "sum" else (CLIP / p.y.double().norm(dim=1)).clamp(max=1)
+    expected = (factors[:, None] * y).sum(0)
+    return ((found[: len(expected)] - expected).abs().max() / expected.abs().max()).item() / 1e-6
 
 
-@torch.no_grad()
-def measure(name: str, device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """Times of all variants of every job for one shape."""
-    clients, d = SHAPES[name]
-    p = Problem(clients, d, device)
-    results = []
-    for job in JOBS:
+def jobs(op: str, work: Workload, dtype: torch.dtype, device: torch.device) -> Iterator[Job]:
+    """Messages of both codecs, sums, clipped sums; all in float32."""
+    p = Problem(work.clients, work.d, device)
+    size = work.clients * work.d
+    for job, flops in FLOPS.items():
         ways = variants(p, job)
-        errors = [check(p, job, way) for way in ways]
-        p.reset()
-        copy = Variant("copy", 8, lambda: p.decoded.copy_(p.y))
-        for result in in_turns(copy, ways, errors, clients * d, device, repeats):
-            shared = {"op": f"round_tail {job}", "shape": name, "clients": clients, "d": d, "gradient": "float32"}
-            results.append(shared | {"device": device.type, "threads": torch.get_num_threads()} | result)
-    return results
+        yield Job(
+            facts={"op": f"{op} {job}", "shape": work.name, "dtype": "float32"},
+            variants=ways,
+            errors=lambda variant, job=job: {"what is allowed": error(p, job, variant)},
+            flops=flops * size,
+            bytes=ways[0].bytes,
+            ceiling=lambda: p.decoded.copy_(p.y),
+            ceiling_work=8 * size,
+            limit="memory",
+            prepare=p.reset,
+        )

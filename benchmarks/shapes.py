@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 
 from fedkernels.layout import Layout
-from fedkernels.models import Gpt2, Llama, Lora, Roberta, Vit
-from fedkernels.models.transformer import Transformer
+from fedkernels.models import Gpt2, LeNet5, Llama, Lora, ResNet18, Roberta, Vit
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class Shapes:
 
 
 _LORA = Lora(rank=16)
-_MODELS: dict[str, tuple[Transformer, str, tuple[int, ...], int]] = {
+_MODELS: dict[str, tuple[Any, str, tuple[int, ...], int]] = {
+    "lenet5": (LeNet5(), "image", (3, 32, 32), 10),
+    "resnet18": (ResNet18(), "image", (3, 32, 32), 100),
     # Depth 6, patch 4, on CIFAR-100: the papers' own.
     "vit_tiny": (Vit(), "image", (3, 32, 32), 100),
     "vit_b": (Vit(768, 12, 12, 16), "image", (3, 224, 224), 1000),
@@ -60,3 +62,30 @@ def shapes(name: str) -> Shapes:
         count[slab.rows, slab.cols] += slab.count
     groups = sorted(((n, *shape) for shape, n in count.items()), key=lambda group: -group[0] * group[1] * group[2])
     return Shapes(layout.d, tuple(groups))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model trained by `clients` at once: rows `[C, d]`, and matrices of all of them."""
+
+    name: str
+    clients: int
+    d: int
+    matrices: tuple[tuple[int, int, int], ...]
+
+
+def workload(name: str) -> Workload:
+    """The workload of `MODEL` or `MODEL x CLIENTS`.
+
+    Raises:
+        ValueError: no such model, or no number of clients.
+
+    Example:
+        >>> workload("lenet5 x 10").clients
+        10
+    """
+    model, _, clients = name.partition(" x ")
+    if model not in NAMES or not (clients or "1").isdecimal() or int(clients or 1) < 1:
+        raise ValueError(f"shape {name!r}: expected MODEL or 'MODEL x CLIENTS', MODEL one of {', '.join(NAMES)}")
+    of_one, count = shapes(model), int(clients or 1)
+    return Workload(name, count, of_one.d, tuple((count * n, *sides) for n, *sides in of_one.matrices))

@@ -1,4 +1,4 @@
-"""Ways to do a job that take turns on the same memory, and what is told of their times."""
+"""Ways to do a job that are compared with the truth, then take turns; and what is told of their times."""
 
 from __future__ import annotations
 
@@ -9,16 +9,50 @@ from typing import Any
 
 import torch
 from common import spread
-from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to do the job: `run` returns its results; `bytes` is what it has to move per parameter."""
+    """A way to do a job.
+
+    Args:
+        run: does it once; returns what is checked.
+        bytes: what it has to move; 0 where that is not what limits it.
+        tolerance: the largest error with which it still counts as the same job.
+        foreign: from a library that may not run here, which is then told and not timed.
+    """
 
     name: str
+    run: Callable[[], Any]
+    bytes: float = 0.0
+    tolerance: float = 1.0
+    foreign: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the variants, ours first, do on the same memory.
+
+    Args:
+        facts: what tells this job from others: `op`, `shape`, `dtype` and more.
+        errors: by name, of a variant that it runs; how it differs from the truth in float64.
+        flops: of the equations, whatever a variant really does.
+        bytes: of inputs and outputs, each moved once.
+        ceiling: a copy where memory is the limit, a product of square matrices where arithmetic is.
+        ceiling_work: its bytes, or its FLOP.
+        limit: which of the two.
+        prepare: what precedes a turn of all variants.
+    """
+
+    facts: dict[str, Any]
+    variants: Sequence[Variant]
+    errors: Callable[[Variant], dict[str, float]]
+    flops: float
     bytes: float
-    run: Callable[[], Tensor | Sequence[Tensor]]
+    ceiling: Callable[[], Any]
+    ceiling_work: float
+    limit: str
+    prepare: Callable[[], None]
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -34,30 +68,83 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(
-    copy: Variant,
-    variants: Sequence[Variant],
-    errors: Sequence[float],
-    parameters: int,
-    device: torch.device,
-    repeats: int,
-) -> list[dict[str, Any]]:
-    """Times of all variants, the first being ours, beside those of a copy of as many float32 parameters."""
-    everything = [copy, *variants]
+def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same, captured as a CUDA graph at the first call."""
+    captured: list[tuple[torch.cuda.CUDAGraph, Any]] = []
+
+    def replay() -> Any:
+        if not captured:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                run()  # compiles and allocates outside the capture
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured.append((graph, run()))
+        graph, result = captured[0]
+        graph.replay()
+        return result
+
+    return replay
+
+
+def check(job: Job) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """The errors of the variants that can run here, and why others cannot.
+
+    Raises:
+        SystemExit: an error is too large; the variant does not compute the same.
+    """
+    errors, absent = {}, {}
+    for variant in job.variants:
+        job.prepare()
+        try:
+            found = job.errors(variant)
+        except Exception as error:  # whatever a library can do wrong
+            if not variant.foreign:
+                raise
+            absent[variant.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
+        for name, value in found.items():
+            if not value <= variant.tolerance:
+                where = ", ".join(str(job.facts[key]) for key in ("op", "shape"))
+                raise SystemExit(
+                    f"{where}, {variant.name}: error {value:.2g} of {name}, expected at most {variant.tolerance:g}"
+                )
+        errors[variant.name] = found
+    return errors, absent
+
+
+def measure(job: Job, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Times of all variants, once each has passed its check."""
+    errors, absent = check(job)
+    for name, why in absent.items():
+        print(f"not run: {name}: {why}", flush=True)
+    variants = [variant for variant in job.variants if variant.name in errors]
+    everything = [job.ceiling, *(variant.run for variant in variants)]
     times: list[list[float]] = [[] for _ in everything]
     for r in range(repeats + 1):
+        job.prepare()
+        # Forwards and backwards in turn, so that none always follows the same other one.
         for i in range(len(everything))[:: 1 if r % 2 == 0 else -1]:
-            elapsed = seconds(everything[i].run, device)
+            elapsed = seconds(everything[i], device)
             if r > 0:  # the first turn warms up
                 times[i].append(elapsed)
+    ceilings = [job.ceiling_work / t for t in times[0]]
     results = []
-    copied = [copy.bytes * parameters / t / 1e9 for t in times[0]]
-    for variant, taken, error in zip(variants, times[1:], errors, strict=True):
-        rate = [variant.bytes * parameters / t / 1e9 for t in taken]
-        results.append({
-            "variant": variant.name, "bytes": variant.bytes, "error": error, "times_s": taken,
-            "copy_times_s": times[0], "time_s": spread(taken), "gb_per_s": spread(rate),
-            "of_copy": spread([a / b for a, b in zip(rate, copied, strict=True)]),
-            "ours_is_faster": spread([t / ours for t, ours in zip(taken, times[1], strict=True)]),
-        })  # fmt: skip
+    for variant, taken in zip(variants, times[1:], strict=True):
+        work = job.flops if job.limit == "arithmetic" else variant.bytes
+        rates = [work / t for t in taken]
+        results.append(
+            job.facts
+            | {
+                "device": device.type, "threads": torch.get_num_threads(), "variant": variant.name,
+                "limit": job.limit, "bytes": variant.bytes, "errors": errors[variant.name],
+                "flop_per_byte": job.flops / job.bytes,
+                "times_s": taken, "time_s": spread(taken), "ceiling_times_s": times[0], "ceiling": spread(ceilings),
+                "flop_per_s": spread([job.flops / t for t in taken]), "rate": spread(rates),
+                "of_ceiling": spread([a / b for a, b in zip(rates, ceilings, strict=True)]),
+                "ours_is_faster": spread([t / ours for t, ours in zip(taken, times[1], strict=True)]),
+            }
+        )  # fmt: skip
     return results

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from fedkernels import __version__
 from fedkernels.data.datasets import Dataset
 from fedkernels.metrics import environment
 
@@ -110,7 +111,7 @@ def report(what: str, table: Table, details: dict[str, Any], out: Path, device: 
         details: every number behind the table.
         device: `cpu` or `cuda`, where it was measured.
     """
-    facts = environment()
+    facts = environment() | {"fedkernels": __version__}  # of this checkout, installed or not
     facts["load_average_1min"] = round(os.getloadavg()[0], 2)
     facts["measured_on"] = facts["devices"][0] if device == "cuda" else facts["cpu"]
     if device == "cuda":

@@ -85,7 +85,9 @@ def variants(p: Problem) -> list[Variant]:
     ways = [
         Variant("fedkernels", ours, tolerance=EXACT),
         Variant("batched by shape, baddbmm", lambda: [by_hand(*batch) for batch in p.batches], tolerance=EXACT),
-        Variant("the same, torch.compile", lambda: [compiled(*batch) for batch in p.batches], tolerance=EXACT),
+        Variant(
+            "the same, torch.compile", lambda: [compiled(*batch) for batch in p.batches], tolerance=EXACT, foreign=True
+        ),
         Variant("torch.optim.Muon, bfloat16", library.step, tolerance=COARSE),
     ]
     if p.lr.is_cuda:

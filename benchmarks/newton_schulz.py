@@ -25,7 +25,10 @@ STEPS, EPS = 5, 1e-7
 SPECTRA = ("gaussian", "log3", "log7", "rank16")
 LONGEST = (256, 1024)  # short and long side of the matrices of four spectra, at most
 PEAK_BYTES = 24  # per element of all matrices that a job holds at most
-EXACT, INEXACT = 0.01, 1.0  # largest relative errors: of ours and float32, and of products in 16 bits as others use them
+EXACT, INEXACT = (
+    0.01,
+    1.0,
+)  # largest relative errors: of ours and float32, and of products in 16 bits as others use them
 SQUARE = {"cpu": 2048, "cuda": 8192}  # sides of the product that is the ceiling
 Batched = Callable[[Tensor], Tensor]
 
@@ -125,7 +128,9 @@ class Problem:
         for batch in self.timed:
             batch.normal_()
 
-    def on_all(self, run: Callable[[Tensor], Tensor | Sequence[Tensor]]) -> Callable[[], list[Tensor | Sequence[Tensor]]]:
+    def on_all(
+        self, run: Callable[[Tensor], Tensor | Sequence[Tensor]]
+    ) -> Callable[[], list[Tensor | Sequence[Tensor]]]:
         return lambda: [run(batch) for batch in self.given]
 
     def spectrum(self, name: str) -> Tensor:
@@ -163,13 +168,15 @@ def variants(p: Problem, work: Workload) -> list[Variant]:
     if p.device.type == "cuda":
         common = set.intersection(*(set(backends(shape)) for shape in work.matrices))
         ways += [
-            Variant(f"fedkernels, {name}", p.on_all(lambda u, name=name: newton_schulz(u, STEPS, backend=name)), 0, EXACT)
+            Variant(
+                f"fedkernels, {name}", p.on_all(lambda u, name=name: newton_schulz(u, STEPS, backend=name)), 0, EXACT
+            )
             for name in sorted(common)
         ]
     ways += [
         Variant("loop over matrices", p.on_all(loop), tolerance=EXACT),
         Variant("batched by shape, baddbmm", p.on_all(batched), tolerance=EXACT),
-        Variant("the same, torch.compile", p.on_all(compiled), tolerance=EXACT),
+        Variant("the same, torch.compile", p.on_all(compiled), tolerance=EXACT, foreign=True),
         Variant("torch.optim.Muon's, bfloat16", p.on_all(muon_of_torch), tolerance=INEXACT),
     ]
     if p.device.type == "cuda":
@@ -189,7 +196,9 @@ def in_graphs(p: Problem) -> list[Variant]:
     """What a GPU does when nobody has to launch it."""
     ways = {"fedkernels": lambda u: newton_schulz(u, STEPS), "batched, float16": lambda u: batched(u, torch.float16)}
     return [
-        Variant(f"{name}, CUDA graph", _checked_and_captured(p, run), tolerance=EXACT if name == "fedkernels" else INEXACT)
+        Variant(
+            f"{name}, CUDA graph", _checked_and_captured(p, run), tolerance=EXACT if name == "fedkernels" else INEXACT
+        )
         for name, run in ways.items()
     ]
 

@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 COLOURS = plt.get_cmap("tab10").colors
 
@@ -68,6 +69,10 @@ def _panel(axis: Axes, results: Sequence[dict[str, Any]], limit: str) -> None:
     axis.set(xlabel="FLOP per byte of inputs and outputs", ylabel="GFLOP/s of the equations")
     bottom, top = axis.get_ylim()
     axis.set_ylim(bottom / (top / bottom) ** 0.35, top)  # room for names
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(LogLocator(subs=(1, 2, 5) if side is axis.xaxis else (1,)))
+        side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        side.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.25)
     for index, name in enumerate(variants):
         colour, ours = COLOURS[index % 10], name.startswith("fedkernels")

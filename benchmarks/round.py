@@ -46,28 +46,37 @@ class Job:
     steps: int
     batch: int
     rounds: int
+    device: str
 
 
 class Clock:
     """Seconds spent in functions, by part of a round."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._device = device
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            start = time.perf_counter()
+            start = now(self._device)
             result = function(*arguments)
-            self.seconds[part] += time.perf_counter() - start
+            self.seconds[part] += now(self._device) - start
             return result
 
         return call
 
 
+def now(device: str) -> float:
+    """The time when the device has done what it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @contextmanager
-def watched(engine: Engine, optimizer: type) -> Iterator[Clock]:
+def watched(engine: Engine, optimizer: type, device: str) -> Iterator[Clock]:
     """Time gradients and steps, as long as the block lasts."""
-    clock, evaluator, step = Clock(), engine.evaluator, optimizer.step
+    clock, evaluator, step = Clock(device), engine.evaluator, optimizer.step
     engine._evaluator = clock.timed("gradient", evaluator)
     optimizer.step = clock.timed("optimizer", step)
     try:
@@ -95,7 +104,7 @@ def make(job: Job, kernels: KernelsName, dtype: torch.dtype = torch.float32) -> 
     algorithm, _ = ALGORITHMS[job.algorithm]
     return Engine(
         algorithm,
-        Objective(module.to(dtype), data, torch.device("cpu")),
+        Objective(module.to(dtype), data, torch.device(job.device)),
         partition,
         settings,
         roles=choice.roles(module),
@@ -128,10 +137,10 @@ def measure(job: Job) -> dict[str, dict[str, list[float]]]:
     seconds: dict[str, dict[str, list[float]]] = {side: {part: [] for part in ("round", *PARTS)} for side in SIDES}
     for _ in range(job.rounds):
         for side, engine in engines.items():
-            with watched(engine, ALGORITHMS[job.algorithm][1]) as clock:
-                begin = time.perf_counter()
+            with watched(engine, ALGORITHMS[job.algorithm][1], job.device) as clock:
+                begin = now(job.device)
                 engine.run_round()
-                whole = time.perf_counter() - begin
+                whole = now(job.device) - begin
             clock.seconds["tail"] = whole - clock.seconds["gradient"] - clock.seconds["optimizer"]
             for part, value in (("round", whole), *clock.seconds.items()):
                 seconds[side][part].append(value)
@@ -145,10 +154,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
     rows, details = [], {}
     for name in ALGORITHMS:
-        job = Job(name, options.cohort, options.steps, options.batch, options.rounds)
+        job = Job(name, options.cohort, options.steps, options.batch, options.rounds, options.device)
         (seconds,) = on_ranks(1, measure, job)
         details[name] = {
             "job": asdict(job),
@@ -170,7 +180,7 @@ def main() -> None:
         "optimizer, s",
         "reference / it",
     ]
-    report("round", {"columns": columns, "rows": rows}, details, options.out)
+    report("round", {"columns": columns, "rows": rows}, details, options.out, options.device)
 
 
 if __name__ == "__main__":

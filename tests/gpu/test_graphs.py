@@ -1,4 +1,4 @@
-"""Captured graphs replay fused steps with the current values of their scalars."""
+"""Captured graphs replay kernels with the current values of their inputs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from torch import Tensor
 from fedkernels.kernels.fused_adamw import fused_adamw
 from fedkernels.kernels.fused_sam import fused_sam
 from fedkernels.kernels.fused_sgd import fused_sgd
+from fedkernels.kernels.muon_step import muon_step
+from fedkernels.kernels.newton_schulz import newton_schulz
+from fedkernels.kernels.round_tail import Draws, accumulate, encode_bf16, encode_int8, square_sums
 
-CLIENTS, D, STEPS = 3, 9001, 4
+CLIENTS, D, STEPS = 3, 40_001, 4
+CHUNK = 256
 Step = Callable[[dict[str, Tensor]], None]
 
 
@@ -34,6 +38,38 @@ def sam(t: dict[str, Tensor]) -> None:
     fused_sgd(t["y"], t["m"], t["g"], lr=t["lr"], momentum=0.9, weight_decay=0.0, source=t["saved"])
 
 
+def as_matrices(rows: Tensor, *sides: int) -> Tensor:
+    """Two matrices at the beginning of each row."""
+    return rows[:, : 2 * sides[0] * sides[1]].unflatten(1, (2, *sides))
+
+
+def muon(t: dict[str, Tensor]) -> None:
+    """Matrices that Triton takes, and those that are left to CUDA C++."""
+    for sides in ((60, 90), (130, 150), (140, 70)):
+        y, M, g = (as_matrices(t[name], *sides) for name in ("y", "m", "g"))
+        muon_step(y, M, g, lr=t["lr"], momentum=0.9, weight_decay=0.01, active=t["active"])
+
+
+def orthogonal_by_triton(t: dict[str, Tensor]) -> None:
+    for sides in ((60, 90), (130, 150)):
+        as_matrices(t["y"], *sides).copy_(newton_schulz(as_matrices(t["g"], *sides), backend="triton"))
+
+
+def orthogonal_by_cuda(t: dict[str, Tensor]) -> None:
+    for sides in ((60, 90), (130, 150)):
+        as_matrices(t["y"], *sides).copy_(newton_schulz(as_matrices(t["g"], *sides), backend="cuda"))
+
+
+def tail(t: dict[str, Tensor]) -> None:
+    """Messages of both codecs under a key that changes, and the clipped sum of gradients."""
+    draws = Draws(t["key"], t["ids"], 0)
+    encode_int8(
+        t["g"], draws=draws, chunk=CHUNK, x=t["G"], residual=t["m"], payload=t["payload"], scale=t["scale"],
+    )  # fmt: skip
+    encode_bf16(t["g"], x=t["G"], residual=t["v"], payload=t["narrow"])
+    accumulate(t["sums"], t["g"], (0.5 / square_sums(t["g"]).sqrt()).clamp(max=1))
+
+
 def tensors() -> dict[str, Tensor]:
     y = rows(CLIENTS, D, 0)
     device = y.device
@@ -42,18 +78,24 @@ def tensors() -> dict[str, Tensor]:
         "saved": torch.empty_like(y), "lr": torch.tensor(0.1, device=device), "step": torch.tensor(1, device=device),
         "v_steps": torch.full((CLIENTS, 1), 7.0, dtype=torch.float64, device=device),
         "active": torch.tensor([True, False, True], device=device),
+        "key": torch.tensor(1, device=device), "ids": torch.arange(CLIENTS, device=device),
+        "payload": torch.zeros(CLIENTS, D, dtype=torch.int8, device=device),
+        "scale": torch.zeros(CLIENTS, -(-D // CHUNK), device=device),
+        "narrow": torch.zeros(CLIENTS, D, dtype=torch.bfloat16, device=device),
+        "sums": torch.zeros(D, dtype=torch.float64, device=device),
     }  # fmt: skip
 
 
 def advance(t: dict[str, Tensor], k: int) -> None:
     """What changes between local steps, written where the graph reads it."""
     t["step"].fill_(k)
+    t["key"].fill_(1000 + k)
     t["lr"].fill_(0.1 / k)
     t["g"].copy_(rows(CLIENTS, D, 10 + k))
     t["active"].copy_(torch.tensor([True, k % 2 == 0, k < STEPS]))
 
 
-@pytest.mark.parametrize("step", [adamw, sgd, sam])
+@pytest.mark.parametrize("step", [adamw, sgd, sam, muon, orthogonal_by_triton, orthogonal_by_cuda, tail])
 def test_replays_are_the_steps_themselves(step: Step) -> None:
     """Bit for bit: a graph that had baked in a learning rate, a count or a mask would differ from the second on."""
     eager, captured = tensors(), tensors()

@@ -1,4 +1,4 @@
-"""Whole runs on one GPU: NCCL at world size 1, the same numbers as on a CPU, batched clients, resume."""
+"""Whole runs on one GPU: NCCL at world size 1, the same numbers as on a CPU and from the references, batched clients, resume."""
 
 from __future__ import annotations
 
@@ -53,6 +53,12 @@ def test_follows_the_cpu(name: str, evaluator: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     on_cpu, on_gpu = (losses(name, device, evaluator=evaluator) for device in ("cpu", "cuda"))
     assert on_gpu == pytest.approx(on_cpu, rel=5e-3)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_kernels_follow_the_reference(name: str) -> None:
+    reference, triton = (losses(name, "cuda", kernels=kernels) for kernels in ("reference", "triton"))
+    assert triton == pytest.approx(reference, rel=5e-3)
 
 
 def test_resumes_bit_for_bit(tmp_path: Path) -> None:

@@ -32,7 +32,10 @@ def test_what_is_no_matrix_is_the_rest(name: str) -> None:
     d, dim = shapes(name).d, 768
     rest = d - sum(n * rows * cols for n, rows, cols in shapes(name).matrices)
     layer_norms_and_biases = 2 * 2 * dim + (4 + 1 + 4) * dim  # q, k, v, o; MLP up has four times as many
+    normalised = 64 + 4 * 64 + 5 * (128 + 256 + 512)  # channels of ResNet-18: the stem's, and five convolutions a stage
     expected = {
+        "lenet5": 6 + 16 + 120 + 84 + 85 * 10,
+        "resnet18": 2 * normalised + 513 * 100,
         "vit_tiny": 192 + 65 * 192 + 192 + 6 * (2 * 2 + 4 + 4 + 1) * 192 + 2 * 192 + 100 * 193,
         "vit_b": dim + 197 * dim + dim + 12 * layer_norms_and_biases + 2 * dim + 1000 * (dim + 1),
         "gpt2": (50_257 + 1024) * dim + 12 * layer_norms_and_biases + 2 * dim,

@@ -1,4 +1,4 @@
-"""Whole runs on one GPU: NCCL at world size 1, the same numbers as on a CPU and from the references, batched clients, resume."""
+"""Whole runs on one GPU: NCCL at world size 1, the numbers of a CPU and of the references, batched clients, resume."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ too: a copy beside steps over rows, a product of large square matrices beside th
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,7 +63,9 @@ COLUMNS = [
 
 
 def free_bytes(device: torch.device) -> int:
+    gc.collect()
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -123,6 +126,7 @@ def main() -> None:
                             results.append(result)
                             print(*row(result), sep="  ", flush=True)
                     torch.compiler.reset()  # forgets the tensors that compiled variants hold
+                del job  # with its memory
     if not results:
         parser.error("nothing was run: " + "; ".join(left_out))
     huge_pages = os.environ.get("THP_MEM_ALLOC_ENABLE", "0") == "1"

@@ -91,7 +91,7 @@ def variants(p: Problem) -> list[Variant]:
         Variant("torch.optim.Muon, bfloat16", library.step, tolerance=COARSE),
     ]
     if p.lr.is_cuda:
-        ways.append(Variant("fedkernels, CUDA graph", graphed(ours), tolerance=EXACT))
+        ways.append(Variant("fedkernels, CUDA graph", graphed(ours, p.reset), tolerance=EXACT))
     return ways
 
 

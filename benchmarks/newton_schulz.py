@@ -6,6 +6,7 @@ their singular values in float64.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 
@@ -62,15 +63,16 @@ def muon_of_torch(u: Tensor) -> list[Tensor]:
     return [_muon._zeropower_via_newtonschulz(matrix, QUINTIC, STEPS, EPS) for matrix in u]
 
 
-def gram_newton_schulz(u: Tensor) -> Tensor:
-    """Of gram-newton-schulz, with Muon's coefficients, which start again after three steps as ours do."""
+@functools.cache
+def _gram_newton_schulz() -> Callable[[Tensor], Tensor]:
     from gram_newton_schulz import GramNewtonSchulz
 
-    if not hasattr(gram_newton_schulz, "run"):
-        gram_newton_schulz.run = GramNewtonSchulz(  # type: ignore[attr-defined]
-            ns_coefficients=[list(QUINTIC)] * STEPS, gram_newton_schulz_reset_iterations=[3]
-        )
-    return gram_newton_schulz.run(u)  # type: ignore[attr-defined, no-any-return]
+    return GramNewtonSchulz(ns_coefficients=[list(QUINTIC)] * STEPS)  # type: ignore[no-any-return]
+
+
+def gram_newton_schulz(u: Tensor) -> Tensor:
+    """Of gram-newton-schulz, with Muon's coefficients."""
+    return _gram_newton_schulz()(u)
 
 
 def quack(u: Tensor) -> Tensor:
@@ -145,16 +147,23 @@ class Problem:
             u = left * torch.logspace(0, -int(name[3:]), len(s), dtype=s.dtype) @ right
         return u.to(self.device)
 
-    def errors(self, variant: Variant) -> dict[str, float]:
-        """Relative errors on the four spectra."""
-        found = {}
+    @functools.cached_property
+    def truth(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of every spectrum, a matrix and what its polynomial is, in float64."""
+        pairs = {}
         for name in SPECTRA:
             u = self.spectrum(name)
             left, s, right = torch.linalg.svd(u, full_matrices=False)
             s = s / s.norm()
             for _ in range(STEPS):
                 s = A * s + B * s**3 + C * s**5
-            exact = left * s @ right
+            pairs[name] = u, left * s @ right
+        return pairs
+
+    def errors(self, variant: Variant) -> dict[str, float]:
+        """Relative errors on the four spectra."""
+        found = {}
+        for name, (u, exact) in self.truth.items():
             self.given = [u.float()[None]]
             found[name] = ((variant.run()[0][0].double() - exact).norm() / exact.norm()).item()
         return found

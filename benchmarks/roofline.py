@@ -20,7 +20,8 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     """One panel for rows and one for matrices: a column of dots for each job, ours filled.
 
     Intensity is that of the job, FLOP of its equations to bytes of its inputs and outputs, so that variants of a job
-    stand above one another and the height is their speed; jobs of nearly the same are moved apart. Of several numbers of threads the largest is shown.
+    stand above one another and the height is their speed; jobs of nearly the same are moved apart. Of several numbers
+    of threads the largest is shown.
     """
     threads = max(result["threads"] for result in results)
     shown = [result for result in results if result["threads"] == threads]

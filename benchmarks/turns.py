@@ -68,8 +68,8 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same, captured as a CUDA graph at the first call."""
+def graphed(run: Callable[[], Any], restore: Callable[[], None] = lambda: None) -> Callable[[], Any]:
+    """The same, captured as a CUDA graph at the first call; `restore` undoes what the run before the capture did."""
     captured: list[tuple[torch.cuda.CUDAGraph, Any]] = []
 
     def replay() -> Any:
@@ -82,6 +82,7 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 captured.append((graph, run()))
+            restore()
         graph, result = captured[0]
         graph.replay()
         return result

@@ -56,7 +56,7 @@ def test_huge_tiny_zero_and_not_finite(backend: str) -> None:
 
 def test_muon_takes_what_is_fastest_for_its_matrices() -> None:
     """Short sides of 129 to 256 by CUDA C++, others by Triton: by profile, and in float64."""
-    for sides, kernel in (((130, 150), "newton_schulz"), ((40, 150), "small_kernel")):
+    for sides, kernel in (((130, 150), "newton_schulz_kernel"), ((40, 150), "small_kernel")):
         y, M, g = (random(2, 3, *sides, seed=seed, dtype=torch.float32) for seed in range(3))
         moved = torch.lerp(M.double(), g.double(), 0.1)
         expected = y.double() - 0.1 * oracle(torch.lerp(g.double(), moved, 0.9))

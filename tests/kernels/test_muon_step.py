@@ -10,8 +10,10 @@ from kernel_matrices import oracle, random
 from kernel_rows import BACKENDS, COMPILED, DEVICE, WIDE, poison, scalar
 from torch import Tensor
 
+from fedkernels.kernels.dispatch import MISSING, Backend
 from fedkernels.kernels.muon_step import muon_step
-from fedkernels.kernels.newton_schulz.reference import schedule
+from fedkernels.kernels.newton_schulz import RULES
+from fedkernels.kernels.newton_schulz.reference import newton_schulz_reference, schedule
 
 # Of the length of the orthogonal part of a step. The fewer the singular values, the less do the errors of one that the
 # polynomial happens to be steep at drown in the others.
@@ -62,7 +64,7 @@ def expected(y: Tensor, M: Tensor, g: Tensor, lr: Tensor, **given: Any) -> tuple
     return y, M
 
 
-def check(backend: str, y: Tensor, M: Tensor, g: Tensor, lr: Tensor, bound: float, **given: Any) -> None:
+def check(backend: str | None, y: Tensor, M: Tensor, g: Tensor, lr: Tensor, bound: float, **given: Any) -> None:
     true_y, true_M = expected(y, M, g, lr, **given)
     orthogonal = {"scale": 1.0, "share": 1.0} | given | {"weight_decay": 0.0, "alpha": 0.0}
     moved = (expected(y, M, g, lr, **orthogonal)[0] - y.double()).norm()
@@ -153,6 +155,34 @@ def test_opcheck(backend: str, with_options: bool) -> None:
         import fedkernels.kernels.muon_step.triton  # noqa: F401  defines the operator
     shape = (2, 1, 3, 5)
     y, M, g = (view.contiguous() for view in state(shape))
-    G, active = (random(1, 3, 5, dtype=torch.float32), torch.tensor([True, False])) if with_options else (None, None)
+    G = random(1, 3, 5, dtype=torch.float32) if with_options else None
+    active = torch.tensor([True, False], device=DEVICE) if with_options else None
     arguments = (y, M, g, scalar(LR), MOMENTUM, 0.1, 1.7, 0.7, 0.3, G, active, *schedule("newton_schulz", 2))
+    if backend == "triton":
+        arguments += ("triton",)
     torch.library.opcheck(getattr(torch.ops.fedkernels, f"muon_step_{backend}").default, arguments)
+
+
+if "triton" in BACKENDS:
+
+    @pytest.mark.parametrize(("backend", "inner"), [(None, "cuda"), ("triton", "triton")])
+    def test_matrices_go_where_newton_schulz_alone_would_send_them(
+        backend: str | None, inner: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As if CUDA C++ took those of a short side above 30; a backend that was asked for does all of the step."""
+
+        def rule(device: str, dtype: torch.dtype, sides: tuple[int, ...]) -> str | None:
+            return None if min(sides[-2:]) > 30 else "too small"
+
+        ran = []
+
+        def recorded(chosen: Backend, u: Tensor, coefficients: list[float], margin: float) -> Tensor:
+            ran.append((chosen, min(u.shape[-2:])))
+            return newton_schulz_reference(u, coefficients, margin)
+
+        monkeypatch.setitem(MISSING, "cuda", None)
+        monkeypatch.setitem(RULES, "cuda", rule)
+        monkeypatch.setattr("fedkernels.kernels.muon_step.triton.run", recorded)
+        for sides in ((20, 9), (33, 40)):
+            check(backend, *state((2, 1, *sides)), scalar(LR), BOUNDS["reference"])
+        assert ran == [("triton", 9), (inner, 33)]

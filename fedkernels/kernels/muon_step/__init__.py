@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import MISSING, ON_ROWS, choose, require, require_scalars
-from ..newton_schulz import Orthogonalization, is_row_major
+from ..newton_schulz import RULES, Orthogonalization, is_row_major
 from ..newton_schulz.reference import schedule
 from .reference import muon_step_reference
 
@@ -79,7 +79,9 @@ def muon_step(
     if chosen == "triton":
         from .triton import muon_step_triton
 
-        muon_step_triton(*arguments)
+        # Between its two launches the matrices go where `newton_schulz` alone would send them.
+        inner = choose("newton_schulz", RULES, y.device.type, y.dtype, tuple(y.shape), backend).backend
+        muon_step_triton(*arguments, inner)
     elif chosen == "cpp":
         torch.ops.fedkernels.muon_step_cpp(*arguments)
     else:

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import MISSING
-from ..newton_schulz import RULES, run
+from ..newton_schulz import run
 from ..tiles import OPTIONS, TILE, is_active, moved, per_client, scalar
 
 
@@ -72,7 +71,9 @@ def muon_step_triton(
     active: Tensor | None,
     coefficients: Sequence[float],
     margin: float,
+    inner: str,
 ) -> None:
+    """The step, with `newton_schulz` on the backend `inner`."""
     clients, count, rows, cols = y.shape
     size = rows * cols
     grid = (clients * count * triton.cdiv(size, TILE),)
@@ -80,9 +81,7 @@ def muon_step_triton(
     direction_kernel[grid](
         M, g, u, active, count, size, M.stride(0), M.stride(1), g.stride(0), g.stride(1), momentum, TILE, **OPTIONS
     )
-    # Matrices that no Triton program holds are left to CUDA C++ where that is there.
-    refused = MISSING["cuda"] or RULES["cuda"](u.device.type, u.dtype, tuple(u.shape))
-    o = run("triton" if refused else "cuda", u, list(coefficients), margin)
+    o = run("cuda" if inner == "cuda" else "triton", u, list(coefficients), margin)
     step_kernel[grid](
         y, o, lr, G, active, count, size, y.stride(0), y.stride(1), scale, weight_decay, share, alpha, per_client(lr),
         TILE, **OPTIONS,

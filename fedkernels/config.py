@@ -32,6 +32,7 @@ from .data.partition import Partition
 from .federated.codecs import CODECS
 from .federated.evaluators import EvaluatorName
 from .federated.objective import Precision
+from .federated.parallel import DeepSpeedSettings, Sharding
 from .federated.schedule import LrSchedule
 from .layout import Role
 from .models import MODELS
@@ -109,6 +110,10 @@ class Config:
         checkpoint_every: rounds between checkpoints; the last round always is one.
         keep_checkpoints: newest checkpoints that stay on disk.
         store_memory_bytes: per-client state held in memory per rank before it is mapped from files.
+        sharding: how the ranks of a client group share its model: ddp splits mini-batches, fsdp2 and deepspeed (ZeRO-3)
+            the model too, with every vector of the algorithm; none trains a client on one rank.
+        shard_size: ranks of a client group.
+        deepspeed: what sharding by deepspeed leaves to choose; null for its defaults.
         privacy: client-level differential privacy of algorithms that ask for it.
     """
 
@@ -142,6 +147,9 @@ class Config:
     checkpoint_every: Count = 10
     keep_checkpoints: Count = 2
     store_memory_bytes: Annotated[float, Field(ge=0, lt=math.inf)] = 2.0**30
+    sharding: Sharding = "none"
+    shard_size: Count = 1
+    deepspeed: DeepSpeedSettings | None = None
     privacy: Privacy | None = None
 
     def __post_init__(self) -> None:
@@ -149,6 +157,14 @@ class Config:
             raise ConfigError(f"cohort: {self.cohort} is more than the number of clients, {self.clients}")
         if self.local_steps is None and self.local_epochs is None:
             raise ConfigError("local_steps: missing; set local_steps, local_epochs or both")
+        if self.sharding == "none" and self.shard_size > 1:
+            raise ConfigError(
+                f"shard_size: {self.shard_size} ranks to a client need sharding: ddp, fsdp2 or deepspeed, not none"
+            )
+        if self.sharding != "none" and self.shard_size == 1:
+            raise ConfigError(f"shard_size: 1, but sharding: {self.sharding} needs groups of 2 ranks or more")
+        if self.deepspeed is not None and self.sharding != "deepspeed":
+            raise ConfigError(f"deepspeed: has no effect with sharding: {self.sharding}; leave it null")
 
 
 def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:

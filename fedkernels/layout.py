@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -138,16 +138,21 @@ class Layout:
                 slabs.append(slab)
                 group, matrix_start = key(name), matrix_stop
             start = stop
-        self.entries = tuple(entries)
         self.slabs = tuple(slabs)
-        self.d = start
-        self.d_matrix = matrix_start
+        self._index(entries, [entry for entry in entries if is_matrix(entry.name)], lengths)
+
+    def _index(self, entries: Sequence[Entry], matrices: Sequence[Entry], lengths: Sequence[int]) -> None:
+        """Take over what a vector holds: all parameters, those that are matrices, and the length of every block."""
+        self.entries = tuple(entries)
+        self.matrix_entries = tuple(matrices)
+        self._sizes = [entry.stop - entry.start for entry in entries]
+        self.d = sum(self._sizes)
+        self.d_matrix = sum(entry.stop - entry.start for entry in matrices)
         self.n_blocks = len(lengths) - 1
         edges = [0, *itertools.accumulate(lengths)]
         self._blocks = [slice(a, b) for a, b in itertools.pairwise(edges)]
-        self._sizes = [entry.stop - entry.start for entry in entries]
         self._by_name = {entry.name: entry for entry in entries}
-        self._matrix_runs = _runs((slab.start, slab.stop) for slab in slabs)
+        self._matrix_runs = _runs((entry.start, entry.stop) for entry in matrices)
         self._curvature: dict[str, CurvatureBlocks] = {}
         self._vector_runs = _gaps(self._matrix_runs, self.d)
 
@@ -208,6 +213,29 @@ class Layout:
     def vectors(self, vector: Tensor) -> Tensor:
         """All other coordinates `[..., d - d_matrix]`: a view where they are contiguous."""
         return _take(vector, self._vector_runs)
+
+    @property
+    def whole(self) -> Layout:
+        """The layout of whole vectors, where those of this one are shards; otherwise this one."""
+        return self
+
+    def norms(self, vectors: Tensor) -> Tensor:
+        """The l2 norms `[..., 1]` of vectors `[..., d]`, over all shards of each where these are shards."""
+        return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+
+    def map_matrices(self, matrices: Tensor, function: Callable[[Tensor, Slab], Tensor]) -> Tensor:
+        """A new `[C, d_matrix]` tensor of what `function` makes of every slab `[C, count, rows, cols]` of matrices.
+
+        Args:
+            matrices: `[C, d_matrix]`, as `matrices` returns them.
+            function: acts on each matrix alone; it may be given some matrices of a slab.
+        """
+        out = torch.empty_like(matrices)
+        for slab in self.slabs:
+            run = slice(slab.matrix_start, slab.matrix_stop)
+            batch = matrices[:, run].unflatten(1, (slab.count, slab.rows, slab.cols))
+            out[:, run] = function(batch, slab).flatten(1)
+        return out
 
     def merge(self, matrices: Tensor, vectors: Tensor) -> Tensor:
         """The inverse of (`matrices`, `vectors`): one new `[..., d]` tensor."""

@@ -32,6 +32,9 @@ FREE_KEYS = {
     "keep_checkpoints",
     "store_memory_bytes",
     "on_nonfinite",
+    "sharding",
+    "shard_size",
+    "deepspeed",
 }
 
 # Keys that a continuation keeps, although the numbers do not depend on them.

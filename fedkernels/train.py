@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import checkpoint
 from .config import Config
@@ -89,8 +90,8 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
         OSError: the metrics cannot be written; the state up to that round is in a checkpoint.
     """
     device = pick_device(config.device)
-    collectives = join(device)
-    leader = collectives.rank == 0
+    collectives = join(device, config.shard_size)
+    leader = collectives.leader
     collectives.agree(lambda: check_unused(config.run_dir) if leader and not resume else None)
     engine, data, partition = collectives.agree(lambda: build(config, collectives))
     checkpoints = config.run_dir / "checkpoints"
@@ -103,8 +104,10 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
         notes = [f"no checkpoint in {checkpoints}: starting from round 1"]
     elif resume:
         notes.append(f"resumed after round {engine.round} of {config.rounds}")
-    ranks = collectives.world_size
-    notes.append(f"{ranks} rank{'s' * (ranks > 1)} on {device.type}, {engine.layout.d:,} parameters")
+    ranks = f"{collectives.processes} rank{'s' * (collectives.processes > 1)}"
+    if collectives.group.size > 1:
+        ranks += f" in groups of {collectives.group.size} by {config.sharding}"
+    notes.append(f"{ranks} on {device.type}, {engine.layout.whole.d:,} parameters")
     notes.append(f"evaluator {choice.evaluator}, {choice.clients_per_batch} client(s) at once: {choice.why}")
     notes += codec_notes(engine.wires, engine.layout)
     if engine.mechanism is not None:
@@ -144,7 +147,8 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
             if log is not None:
                 log.close()
         # Nobody leaves before the leader is done: launchers end all ranks when one exits as stopped.
-        collectives.agree(lambda: _finish(config, data, engine) if leader else None)
+        parameters = engine.named_parameters() if collectives.rank == 0 else {}
+        collectives.agree(lambda: _finish(config, data, parameters, engine.round) if leader else None)
     return Outcome(config.run_dir, engine.round, stopped_by)
 
 
@@ -184,7 +188,7 @@ class _Log:
 
 def _count_lost_rounds(engine: Engine, run_dir: Path) -> list[str]:
     """Count rounds that came after the checkpoint: with secure noise they are released again, and not alike."""
-    rows = engine.collectives.agree(lambda: read_metrics(run_dir) if engine.collectives.rank == 0 else [])
+    rows = engine.collectives.agree(lambda: read_metrics(run_dir) if engine.collectives.leader else [])
     last = engine.collectives.gather(rows[-1]["round"] if rows else 0)[0]
     if engine.mechanism is None or engine.accountant is None or not engine.mechanism.secure or last <= engine.round:
         return []
@@ -209,8 +213,8 @@ def _privacy_notes(engine: Engine, rounds: int) -> list[str]:
     return notes
 
 
-def _finish(config: Config, data: Dataset, engine: Engine) -> None:
-    save_model(config, data, engine.named_parameters(), engine.round)
+def _finish(config: Config, data: Dataset, parameters: dict[str, Tensor], rounds: int) -> None:
+    save_model(config, data, parameters, rounds)
     from .report import write_report  # matplotlib is only needed once, on one rank, at the end
 
     write_report([config.run_dir], config.run_dir / "report.html")

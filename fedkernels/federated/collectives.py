@@ -2,6 +2,10 @@
 
 Every method does nothing on one rank, and every byte it puts on a link is added to `link_bytes`, summed over ranks:
 a ring all-reduce of n bytes moves 2(W−1)n in all, a broadcast (W−1)n, a point-to-point message n.
+
+Where a client is trained by a group of ranks, this is what groups exchange: each shard with the same shard of the other
+groups, so that no rank ever holds a whole vector for it. `rank` and `world_size` then count groups, and `link_bytes`
+what this shard moved.
 """
 
 from __future__ import annotations
@@ -15,22 +19,57 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .groups import ClientGroup
+
 T = TypeVar("T")
 
 
 class Collectives:
-    """The process group as the engine uses it; a single process when `torch.distributed` is not initialised."""
+    """The process group as the engine uses it; a single process when `torch.distributed` is not initialised.
 
-    def __init__(self) -> None:
+    Args:
+        shard_size: ranks that train one client together; consecutive ranks form a group, so that one lies in a node.
+
+    Raises:
+        ValueError: the ranks do not make whole groups.
+
+    Attributes:
+        rank, world_size: of groups; of ranks where groups are single ranks.
+        group: the ranks of this rank's group.
+        across: the ranks with this shard in all groups; None for all ranks.
+        process_rank, processes: of ranks.
+        leader: whether this is the first rank of all.
+    """
+
+    def __init__(self, shard_size: int = 1) -> None:
         self.on = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if self.on else 0
-        self.world_size = dist.get_world_size() if self.on else 1
+        self.process_rank = dist.get_rank() if self.on else 0
+        self.processes = dist.get_world_size() if self.on else 1
+        if self.processes % shard_size:
+            raise ValueError(
+                f"shard_size: groups of {shard_size} ranks are not to be made of {self.processes}; start a multiple"
+            )
+        self.rank, shard = divmod(self.process_rank, shard_size)
+        self.world_size = self.processes // shard_size
+        self.leader = self.process_rank == 0
+        self.group = ClientGroup()
+        self.across: dist.ProcessGroup | None = None
+        if shard_size > 1:
+            # Every rank takes part in making every group.
+            ranks = range(self.processes)
+            groups = [dist.new_group(list(ranks[g : g + shard_size])) for g in ranks[::shard_size]]
+            self.across = [dist.new_group(list(ranks[j::shard_size])) for j in range(shard_size)][shard]
+            self.group = ClientGroup(shard, shard_size, groups[self.rank])
         self.link_bytes = 0
+
+    def _peer(self, group: int) -> int:
+        """The rank that holds this shard in another group."""
+        return group * self.group.size + self.group.index
 
     def all_reduce(self, bucket: Tensor) -> Tensor:
         """Sum `bucket` over ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(bucket)
+            dist.all_reduce(bucket, group=self.across)
             self.link_bytes += 2 * (self.world_size - 1) * bucket.numel() * bucket.element_size()
         return bucket
 
@@ -62,10 +101,10 @@ class Collectives:
                     continue
                 self.link_bytes += (block.stop - block.start) * sums.element_size()
                 if self.rank == rank and owner is not None:
-                    operations.append(dist.P2POp(dist.isend, sums[block], owner, tag=b))
+                    operations.append(dist.P2POp(dist.isend, sums[block], self._peer(owner), tag=b))
                 elif self.rank == owner:
                     part = torch.empty_like(sums[block])
-                    operations.append(dist.P2POp(dist.irecv, part, rank, tag=b))
+                    operations.append(dist.P2POp(dist.irecv, part, self._peer(rank), tag=b))
                     received.append((block, part))
         self._wait(operations)
         for block, part in received:
@@ -73,7 +112,7 @@ class Collectives:
         broadcasts: list[Any] = []
         for block, owner in zip(blocks, owners, strict=True):
             if owner is not None:
-                broadcasts.append(dist.broadcast(sums[block], src=owner, async_op=True))
+                broadcasts.append(dist.broadcast(sums[block], src=self._peer(owner), group=self.across, async_op=True))
                 self.link_bytes += (self.world_size - 1) * (block.stop - block.start) * sums.element_size()
         for broadcast in broadcasts:
             broadcast.wait()
@@ -96,9 +135,9 @@ class Collectives:
         sending, receiving, operations = iter(outgoing), iter(incoming), []
         for source, target in moves:
             if self.rank == source:
-                operations.append(dist.P2POp(dist.isend, next(sending), target))
+                operations.append(dist.P2POp(dist.isend, next(sending), self._peer(target)))
             elif self.rank == target:
-                operations.append(dist.P2POp(dist.irecv, next(receiving), source))
+                operations.append(dist.P2POp(dist.irecv, next(receiving), self._peer(source)))
         self._wait(operations)
         self.link_bytes += len(moves) * message_bytes
 
@@ -122,24 +161,24 @@ class Collectives:
         return outcome
 
     def gather(self, value: Any) -> list[Any]:
-        """A small picklable value of every rank, in rank order; for agreement and errors, never for payloads."""
-        if self.world_size == 1:
+        """A small picklable value of every rank of every group, in rank order; for agreement, never for payloads."""
+        if self.processes == 1:
             return [value]
-        values: list[Any] = [None] * self.world_size
+        values: list[Any] = [None] * self.processes
         dist.all_gather_object(values, value)
         return values
 
 
-def join(device: torch.device, timeout_s: float = 600.0) -> Collectives:
+def join(device: torch.device, shard_size: int = 1, timeout_s: float = 600.0) -> Collectives:
     """Join the process group that torchrun announces in the environment, or stay a single process."""
     if "WORLD_SIZE" not in os.environ or not dist.is_available():
-        return Collectives()
+        return Collectives(shard_size)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         # NCCL wants all ranks in its first operation, and a move of client state has two of them.
         dist.all_reduce(torch.zeros(1, device=device))
-    return Collectives()
+    return Collectives(shard_size)
 
 
 def pick_device(name: str) -> torch.device:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Batch, LocalOptimizer, SamplesCurvature, Task
+from ..layout import Layout
 
 
 def run_local(
@@ -60,14 +61,18 @@ def run_local(
     return y, own
 
 
-def rescale_(v: Tensor, rho: float, eps: float = 1e-12) -> Tensor:
+def rescale_(v: Tensor, rho: float, eps: float = 1e-12, layout: Layout | None = None) -> Tensor:
     """Scale `v [..., d]` to length ρ in place, `ρ v/(‖v‖ + ε)`; a zero vector stays zero.
+
+    Args:
+        layout: of v, where it may be a shard.
 
     Example:
         >>> rescale_(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 10.0).tolist()
         [[6.0, 8.0], [0.0, 0.0]]
     """
-    return v.mul_(rho / (torch.linalg.vector_norm(v, dim=-1, keepdim=True) + eps))
+    norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True) if layout is None else layout.norms(v)
+    return v.mul_(rho / (norm + eps))
 
 
 def sam_gradient(task: Task, rho: float) -> Callable[[Tensor, Batch], Tensor]:
@@ -87,7 +92,7 @@ def sam_gradient(task: Task, rho: float) -> Callable[[Tensor, Batch], Tensor]:
     ascended = task.steps.new_empty(len(task.steps), task.layout.d)
 
     def gradient(y: Tensor, batch: Batch) -> Tensor:
-        torch.add(y, rescale_(task.grad(y, batch), rho), out=ascended)
+        torch.add(y, rescale_(task.grad(y, batch), rho, layout=task.layout), out=ascended)
         return task.grad(ascended, batch)
 
     return gradient

@@ -9,6 +9,7 @@ from ..privacy.mechanism import Privacy
 from ..wire import Codec
 from .batches import LocalWork
 from .evaluators import EvaluatorName
+from .parallel import DeepSpeedSettings, Sharding
 from .schedule import LrSchedule
 
 
@@ -26,6 +27,8 @@ class EngineSettings:
         placement: `estimated` balances local steps over ranks, `measured` also each rank's measured speed.
         reduce_dtype: of sums over clients; `float64` makes float32 results independent of ranks and their order.
         store_memory_bytes: client state held in memory per rank before pages are mapped from files.
+        sharding: how the ranks of a client group share its model; `none` where groups are single ranks.
+        deepspeed: what `sharding: deepspeed` leaves to choose; None for its defaults.
         privacy: how an algorithm's private wires are released; they need it, and no other wires may be there with it.
     """
 
@@ -45,4 +48,6 @@ class EngineSettings:
     reduce_dtype: Literal["float64", "float32"] = "float64"
     on_nonfinite: Literal["error", "drop_client"] = "error"
     store_memory_bytes: float = 2.0**30
+    sharding: Sharding = "none"
+    deepspeed: DeepSpeedSettings | None = None
     privacy: Privacy | None = None

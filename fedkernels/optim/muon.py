@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..kernels.newton_schulz import Orthogonalization, newton_schulz
-from ..layout import Layout, Route
+from ..layout import Layout, Route, Slab
 from .adamw import AdamW
 
 
@@ -20,7 +20,7 @@ def require_matrices(layout: Layout, optimizer: str = "Muon") -> Layout:
     Raises:
         ValueError: it has no matrix.
     """
-    if not layout.slabs:
+    if not layout.whole.slabs:
         raise ValueError(f"{optimizer} needs hidden weight matrices, and this model has none; use adamw or sgd")
     return layout
 
@@ -60,6 +60,7 @@ class Muon:
 
     shared: ClassVar[tuple[str, ...]] = ("M",)
     counters: ClassVar[tuple[str, ...]] = ()
+    shardable: ClassVar[bool] = True
 
     def _adamw(self) -> AdamW:
         return AdamW(beta1=self.adamw_beta1, beta2=self.adamw_beta2, eps=self.adamw_eps, weight_decay=self.weight_decay)
@@ -68,15 +69,14 @@ class Muon:
         require_matrices(layout)
         return {"M": torch.zeros_like(layout.matrices(y)), **self._adamw().init(layout.vectors(y), layout)}
 
+    def _orthogonalize(self, u: Tensor, slab: Slab) -> Tensor:
+        o = newton_schulz(u, self.ns_steps, self.orthogonalization)
+        return o.mul_(slab.scale * self.lr_multiplier)
+
     def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout) -> Tensor:
         g_matrices, y_matrices = layout.matrices(g), layout.matrices(y)
         momentum = state["M"].lerp_(g_matrices, 1 - self.momentum)
         u = torch.lerp(g_matrices, momentum, self.momentum)
-        p = torch.empty_like(u)
-        for slab in layout.slabs:
-            run = slice(slab.matrix_start, slab.matrix_stop)
-            batch = u[:, run].unflatten(1, (slab.count, slab.rows, slab.cols))
-            o = newton_schulz(batch, self.ns_steps, self.orthogonalization)
-            p[:, run] = o.mul_(slab.scale * self.lr_multiplier).flatten(1)
+        p = layout.map_matrices(u, self._orthogonalize)
         p.add_(y_matrices, alpha=self.weight_decay)
         return layout.merge(p, self._adamw().step(state, layout.vectors(g), layout.vectors(y), k, layout))

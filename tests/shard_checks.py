@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,14 +27,14 @@ class Odd(nn.Module):
     """Dimensions that no group divides, parameters smaller than a group, one without a dimension, one unused, one that
     lies in a block and outside, and one out-by-in matrix that is stored in by out."""
 
-    def __init__(self) -> None:
+    def __init__(self, scalar: bool) -> None:
         super().__init__()
         self.stem = nn.Linear(16, 7)
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 7)) for _ in range(2))
         self.blocks.append(nn.Sequential(nn.Linear(7, 7), nn.Tanh()))
         self.tied = self.blocks[2][0]
         self.norm = nn.LayerNorm(7)
-        self.scale = nn.Parameter(torch.tensor(0.9))
+        self.scale = nn.Parameter(torch.full(() if scalar else (1,), 0.9))
         self.shift = nn.Parameter(torch.full((1,), 0.1))
         self.unused = nn.Parameter(torch.ones(3, 2))
         self.mixer = nn.Parameter(torch.randn(7, 9) / 3)
@@ -47,9 +48,9 @@ class Odd(nn.Module):
         return self.head(torch.tanh(x) @ self.mixer)
 
 
-def odd_model() -> tuple[nn.Module, dict[str, Role]]:
+def odd_model(scalar: bool = True) -> tuple[nn.Module, dict[str, Role]]:
     torch.manual_seed(3)
-    module = Odd()
+    module = Odd(scalar)
     # Columns of the mixer: three blocks of two, and three of one; of the head's weight: three of three.
     roles = infer_roles(module)
     roles["mixer"] = Role("matrix", 1, ((0, 6, 3), (6, 9, 3)))
@@ -58,8 +59,8 @@ def odd_model() -> tuple[nn.Module, dict[str, Role]]:
 
 
 def odd_engine(name: str, collectives: Collectives, dtype: torch.dtype, **options: Any) -> Engine:
-    """An engine over the odd model; keys of the algorithm are given as `algorithm={...}`."""
-    module, roles = odd_model()
+    """An engine over the odd model, in float32 without a scalar; options of the algorithm are `algorithm={...}`."""
+    module, roles = odd_model(scalar=dtype == torch.float64)
     algorithm = ALGORITHMS[name](**options.pop("algorithm", {}))
     settings = SETTINGS | options
     return tiny_engine(algorithm, module=module, roles=roles, collectives=collectives, dtype=dtype, **settings)
@@ -79,6 +80,7 @@ def run_all(
 ) -> dict[str, Any]:
     """Final vectors and metrics of `(name, options)` runs in groups of `shard_size` ranks."""
     collectives = Collectives(shard_size)
+    os.environ.setdefault("LOCAL_RANK", str(everyone.process_rank))  # as launchers do, which DeepSpeed insists on
     out: dict[str, Any] = {"group": collectives.rank, "shard": collectives.group.index}
     for n, (name, options) in enumerate(runs):
         engine = odd_engine(name, collectives, dtype, **options)

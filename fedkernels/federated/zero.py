@@ -69,7 +69,7 @@ class Zero3:
     DeepSpeed reduces gradients in float32, so it takes parameters of that type alone.
 
     Raises:
-        ValueError: DeepSpeed is missing, or the parameters are not float32.
+        ValueError: DeepSpeed is missing, or a parameter is not float32 or has no dimension.
     """
 
     def __init__(
@@ -84,6 +84,8 @@ class Zero3:
         for name, parameter in module.named_parameters():
             if parameter.dtype != torch.float32:
                 raise ValueError(f"sharding: deepspeed takes float32 parameters, and {name} is {parameter.dtype}")
+            if parameter.dim() == 0:
+                raise ValueError(f"sharding: deepspeed takes no parameter without a dimension, as {name} is; use fsdp2")
         stage_3: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
         if settings.offload == "cpu":
             stage_3["offload_param"] = stage_3["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
@@ -109,7 +111,7 @@ class Zero3:
     def bind(self, row: Tensor, grad_row: Tensor | None) -> None:
         self._grad_row = grad_row
         # Parameters that are still gathered from the last pass would hide the new ones.
-        self._engine.empty_partition_cache()
+        self._engine.optimizer.empty_partition_cache()
         for parameter, run in self._runs:
             partition: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
             partition[: run.stop - run.start] = row[run]

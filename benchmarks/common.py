@@ -8,6 +8,7 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -100,21 +101,25 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def report(what: str, table: Table, details: dict[str, Any], out: Path) -> Path:
+def report(what: str, table: Table, details: dict[str, Any], out: Path, device: str = "cpu") -> Path:
     """Print the table with hardware and versions, write the dated JSON file and refresh the folder's README.
 
     Args:
         what: the first part of the file's name.
         table: `columns`, and `rows` of as many cells; numbers rounded by the caller.
         details: every number behind the table.
+        device: `cpu` or `cuda`, where it was measured.
     """
     facts = environment()
     facts["load_average_1min"] = round(os.getloadavg()[0], 2)
-    print(f"\n{what}: {facts['cpu']}, {facts['cores']} cores, load {facts['load_average_1min']}")
+    facts["measured_on"] = facts["devices"][0] if device == "cuda" else facts["cpu"]
+    if device == "cuda":
+        facts["gpu"] = gpu_facts()
+    print(f"\n{what}: {_hardware(facts)}")
     print(", ".join(f"{name} {facts[name]}" for name in ("fedkernels", "torch", "numpy", "python", "git_revision")))
     print(markdown(table))
     date = datetime.date.today().isoformat()
-    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)", "", facts["cpu"].lower())).strip("-") or "cpu"
+    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)", "", facts["measured_on"].lower())).strip("-") or "cpu"
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{date}-{what}-{slug}.json"
     content = {"what": what, "date": date, "environment": facts, "table": table, "details": details}
@@ -122,6 +127,19 @@ def report(what: str, table: Table, details: dict[str, Any], out: Path) -> Path:
     _write_index(out)
     print(f"wrote {path}")
     return path
+
+
+def _hardware(facts: dict[str, Any]) -> str:
+    gpu = f"{facts['measured_on']} (driver {facts['gpu']['driver_version']}) beside " if "gpu" in facts else ""
+    return f"{gpu}{facts['cpu']}, {facts['cores']} cores, load {facts['load_average_1min']}"
+
+
+def gpu_facts() -> dict[str, str]:
+    """Driver, clocks and limits of the first GPU, as nvidia-smi tells them."""
+    fields = ("driver_version", "memory.total", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    told = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    return dict(zip(fields, (value.strip() for value in told.split(",")), strict=True))
 
 
 def markdown(table: Table) -> str:
@@ -135,6 +153,6 @@ def _write_index(out: Path) -> None:
     for path in sorted(out.glob("*.json"), reverse=True):
         result = json.loads(path.read_text())
         facts = result["environment"]
-        hardware = f"{facts['cpu']}, {facts['cores']} cores, load {facts['load_average_1min']}; torch {facts['torch']}"
+        hardware = f"{_hardware(facts)}; torch {facts['torch']}"
         parts += [f"## {result['what']}, {result['date']}", hardware, markdown(result["table"])]
     (out / "README.md").write_text("\n\n".join(parts) + "\n")

@@ -40,6 +40,7 @@ class Job:
     lr: float = 0.05
     clip_norm: float = 10.0
     seed: int = 0
+    device: str = "cpu"
 
     def data(self) -> Dataset:
         return noise_images(self.clients * self.samples, SHAPE, CLASSES, self.seed)
@@ -92,15 +93,16 @@ class Bare:
     def __init__(self, job: Job, data: Dataset, draws: Draws, *, channels_last: bool = False) -> None:
         self._job, self._draws = job, draws
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self._images, self._targets = data.train_inputs, data.train_targets
-        self._scale = (1 / (255 * torch.tensor(data.std))).view(-1, 1, 1)
-        self._shift = (torch.tensor(data.mean) / torch.tensor(data.std)).view(-1, 1, 1)
-        self.module = job.module()
+        self._device = torch.device(job.device)
+        self._images, self._targets = data.train_inputs.to(self._device), data.train_targets.to(self._device)
+        self._scale = (1 / (255 * torch.tensor(data.std))).view(-1, 1, 1).to(self._device)
+        self._shift = (torch.tensor(data.mean) / torch.tensor(data.std)).view(-1, 1, 1).to(self._device)
+        self.module = job.module().to(self._device)
         self._parameters = list(self.module.parameters())
         self._server = [p.detach().clone() for p in self._parameters]
         self._optimizer = torch.optim.SGD(self._parameters, job.lr)
         sizes = [p.numel() for p in self._parameters]
-        self._bucket = torch.zeros(1 + sum(sizes))
+        self._bucket = torch.zeros(1 + sum(sizes), device=self._device)
         self._loss_sum, *sums = self._bucket.split([1, *sizes])
         self._sums = [flat.view_as(p) for flat, p in zip(sums, self._parameters, strict=True)]
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -126,7 +128,7 @@ class Bare:
 
     def train(self, client: int, r: int) -> Tensor:
         """Train the module on one client, from where it stands, and return the sum of the losses."""
-        loss_sum = torch.zeros(())
+        loss_sum = torch.zeros((), device=self._device)
         images, targets = self.samples(client, r)
         for inputs, labels in zip(images.split(self._job.batch), targets.split(self._job.batch), strict=True):
             self._optimizer.zero_grad(set_to_none=True)
@@ -139,7 +141,7 @@ class Bare:
 
     def samples(self, client: int, r: int) -> tuple[Tensor, Tensor]:
         """A client's shuffled images, normalised, and targets."""
-        order = self._draws.order(r, client) + client * self._job.samples
+        order = (self._draws.order(r, client) + client * self._job.samples).to(self._device)
         images = (self._images[order] * self._scale - self._shift).contiguous(memory_format=self._memory_format)
         return images, self._targets[order]
 
@@ -168,9 +170,9 @@ class Pfl:
                 self._global_rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if on else (0, 1)
 
         pytorch_ops.distributed = Context()
-        self._job, self._draws, self._round, self._losses = job, draws, 0, torch.zeros(())
+        self._job, self._draws, self._round, self._losses = job, draws, 0, torch.zeros((), device=job.device)
         self._bare = Bare(job, data, draws)
-        module = job.module()
+        module = job.module().to(job.device)
         module.loss = self._loss  # type: ignore[assignment]
         module.metrics = lambda *_: {}  # type: ignore[assignment]
         self._model = PyTorchModel(module, torch.optim.SGD, torch.optim.SGD(module.parameters(), 1.0))

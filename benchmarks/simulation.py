@@ -26,6 +26,7 @@ from fedkernels.data.datasets import Dataset
 from fedkernels.data.partition import Partition
 from fedkernels.federated.batches import LocalWork
 from fedkernels.federated.engine import Engine
+from fedkernels.federated.evaluators import EvaluatorName
 from fedkernels.federated.objective import Objective
 from fedkernels.federated.settings import EngineSettings
 from fedkernels.models import MODELS
@@ -37,9 +38,9 @@ NETWORKS = ("lenet5", "cnn3x3")
 
 
 class Ours:
-    """The engine, used as a library."""
+    """The engine, used as a library, with clients one by one or many at once."""
 
-    def __init__(self, job: Job, data: Dataset) -> None:
+    def __init__(self, job: Job, data: Dataset, evaluator: EvaluatorName = "loop") -> None:
         count = job.clients * job.samples
         partition = Partition(np.arange(count), np.arange(0, count + 1, job.samples))
         settings = EngineSettings(
@@ -50,9 +51,9 @@ class Ours:
             lr=job.lr,
             schedule="constant",
             clip_norm=job.clip_norm,
-            evaluator="loop",
+            evaluator=evaluator,
         )
-        self._engine = Engine(FedAvg(), Objective(job.module(), data, torch.device("cpu")), partition, settings)
+        self._engine = Engine(FedAvg(), Objective(job.module(), data, torch.device(job.device)), partition, settings)
 
     def run_round(self) -> float:
         loss = self._engine.run_round()["train_loss"]
@@ -66,12 +67,19 @@ class Ours:
 MakeSide = Callable[[Job, Dataset, type[Draws]], Side]
 SIDES: dict[str, MakeSide] = {
     "fedkernels": lambda job, data, draws: Ours(job, data),
+    "fedkernels, batched": lambda job, data, draws: Ours(job, data, "batched"),
     "bare loop": lambda job, data, draws: Bare(job, data, draws(job)),
     "bare, channels last": lambda job, data, draws: Bare(job, data, draws(job), channels_last=True),
 }
 if HAS_PFL:
     SIDES["pfl"] = lambda job, data, draws: Pfl(job, data, draws(job))
 OURS = "fedkernels"
+# Batching clients pays on a GPU, where small clients wait for launches; on a CPU it costs time.
+ON_GPU = ("fedkernels, batched",)
+
+
+def sides_on(device: str) -> list[str]:
+    return [name for name in SIDES if device == "cuda" or name not in ON_GPU]
 
 
 def check_job(job: Job) -> Job:
@@ -91,7 +99,7 @@ def difference(job: Job, name: str, make: MakeSide, dtype: torch.dtype, rounds: 
     for side in sides:
         for _ in range(rounds):
             side.run_round()
-    start = dict(job.module().named_parameters())
+    start = dict(job.module().to(job.device).named_parameters())
     torch.set_default_dtype(torch.float32)
     ours, other = (side.parameters() for side in sides)
     apart = sum((ours[n] - other[n]).square().sum() for n in start)
@@ -114,7 +122,7 @@ def check_sides(job: Job) -> dict[str, float]:
     """How far each side that takes turns ends from ours."""
     # pfl sends updates as float32.
     precisions = {name: (torch.float32, 1) if name == "pfl" else (torch.float64, 2) for name in SIDES}
-    return {name: difference(check_job(job), name, make, *precisions[name]) for name, make in SIDES.items()}
+    return {name: difference(check_job(job), name, SIDES[name], *precisions[name]) for name in sides_on(job.device)}
 
 
 def time_sides(job: Job, rounds: int, names: Sequence[str]) -> dict[str, Times]:
@@ -131,6 +139,8 @@ def time_sides(job: Job, rounds: int, names: Sequence[str]) -> dict[str, Times]:
                 dist.barrier()
             start, start_cpu = time.perf_counter(), time.process_time()
             sides[name].run_round()
+            if job.device == "cuda":
+                torch.cuda.synchronize()
             times[name].wall_s.append(time.perf_counter() - start)
             times[name].cpu_s.append(time.process_time() - start_cpu)
     return times
@@ -160,7 +170,7 @@ def measure_sides(job: Job, rounds: int, ranks: int, peaks: dict[str, int]) -> l
     """The sides that take turns."""
     # Ranks leave a round together, so the first one's clock stands for all.
     apart = on_ranks(ranks, check_sides, job)[0]
-    times = on_ranks(ranks, time_sides, job, rounds, list(SIDES))[0]
+    times = on_ranks(ranks, time_sides, job, rounds, sides_on(job.device))[0]
     ours = times[OURS]
     return [
         Measured(
@@ -209,22 +219,24 @@ def shown(values: Sequence[float]) -> str:
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--models", nargs="+", default=list(NETWORKS), choices=list(MODELS))
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--ranks", nargs="+", type=int, help="1 and 2 on a CPU, 1 on a GPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", nargs="+", type=int, default=[10, 4], help="timed rounds, one number per model")
     options = parser.parse_args()
     if len(options.rounds) != len(options.models):
         parser.error(f"--rounds has {len(options.rounds)} numbers for {len(options.models)} models")
+    names = sides_on(options.device)
     columns = ["model", "parameters", "ranks", "side", "round, ms", "fedkernels / side", "in CPU time", "peak RSS, MB"]
     rows: list[list[Any]] = []
     details: list[dict[str, Any]] = []
     for model, rounds in zip(options.models, options.rounds, strict=True):
-        job = Job(model)
+        job = Job(model, device=options.device)
         d = sum(p.numel() for p in job.module().parameters())
         # A process's peak depends on neither the cohort nor the other ranks.
-        peaks = {name: on_ranks(1, peak_of_side, replace(job, cohort=4), name)[0] for name in SIDES}
-        for ranks in options.ranks:
+        peaks = {name: on_ranks(1, peak_of_side, replace(job, cohort=4), name)[0] for name in names}
+        for ranks in options.ranks or ([1, 2] if options.device == "cpu" else [1]):
             measured = measure_sides(job, rounds, ranks, peaks)
-            if HAS_FLOWER:
+            if HAS_FLOWER and options.device == "cpu":
                 measured.append(measure_flower(job, rounds, ranks))
             for m in measured:
                 round_ms = 1e3 * spread(m.rounds_wall_s)["median"]
@@ -235,7 +247,7 @@ def main() -> None:
                 rows.append([model, f"{d:,}", ranks, m.side, f"{round_ms:.0f}", ratio, cpu_ratio, memory_mb])
                 details.append({"model": model, "parameters": d, "ranks": ranks, **asdict(m)})
                 print(*rows[-1], sep="  ", flush=True)
-    report("simulation", {"columns": columns, "rows": rows}, {"sides": details}, options.out)
+    report("simulation", {"columns": columns, "rows": rows}, {"sides": details}, options.out, options.device)
 
 
 if __name__ == "__main__":

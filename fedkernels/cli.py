@@ -20,6 +20,7 @@ from .diagnostics.settings import DiagnosisSettings
 from .federated.engine import NonFiniteUpdateError
 from .formats import format_epsilon
 from .kernels.dispatch import BackendError
+from .planning.network import Network
 
 TABLES = dict(
     zip(("algorithms", "optimizers", "models", "datasets", "partitions", "codecs"), CHOICES.values(), strict=True)
@@ -95,6 +96,25 @@ def _parser() -> argparse.ArgumentParser:
     partition.add_argument("--config", type=Path, required=True)
     partition.add_argument("--out", type=Path, default=Path("partition.png"), help="picture to write (png, svg or pdf)")
     partition.set_defaults(run=_partition, overridable=True)
+
+    plan = commands.add_parser(
+        "plan",
+        help="predict round time, bytes and memory on many ranks",
+        description="Time a few rounds of a configuration here, on one process, and predict it on many ranks.",
+        allow_abbrev=False,
+    )
+    plan.add_argument("--config", type=Path, required=True)
+    plan.add_argument("--ranks", type=int, required=True, help="predict 1, 2, 4, ... and this many")
+    plan.add_argument(
+        "--clients_per_rank", type=int, help="let the cohort grow with the ranks instead of staying as it is"
+    )
+    for key, kind, default in describe(Network):
+        plan.add_argument(f"--{key}", metavar="VALUE", help=f"{kind}; default {default}")
+    plan.add_argument(
+        "--measured", type=Path, help="costs to use, from an earlier --out, instead of timing rounds here"
+    )
+    plan.add_argument("--out", type=Path, help="JSON file to write")
+    plan.set_defaults(run=_plan, overridable=True)
 
     diagnose = commands.add_parser(
         "diagnose",
@@ -187,6 +207,17 @@ def _partition(options: argparse.Namespace, rest: Sequence[str]) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     partition_figure(partition, labels, classes, title=options.config.stem).savefig(options.out, dpi=150)
     print(f"picture: {options.out}")
+    return 0
+
+
+def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from .planning.table import plan
+
+    keys = [key for key, _, _ in describe(Network)]
+    given = {key: value for key in keys if (value := getattr(options, key)) is not None}
+    network = make(Network, {key: parse_value(value) for key, value in given.items()})
+    config = load(options.config, parse_overrides(rest))
+    print(plan(config, network, options.ranks, options.clients_per_rank, options.measured, options.out))
     return 0
 
 

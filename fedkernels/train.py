@@ -46,15 +46,18 @@ def split(config: Config, data: Dataset) -> Partition:
     return config.partition.split(data.labels.numpy(), groups, config.clients, config.seed)
 
 
-def build(config: Config, collectives: Collectives) -> tuple[Engine, Dataset, Partition]:
+def build(config: Config, collectives: Collectives, data: Dataset | None = None) -> tuple[Engine, Dataset, Partition]:
     """The engine of a configuration, with its dataset and partition.
+
+    Args:
+        data: the dataset, where it has been read or stands for another; None reads the configuration's.
 
     Raises:
         ValueError, FileNotFoundError: a dataset, partition, model or world size that does not fit the configuration.
     """
     torch.set_num_threads(config.threads)
     device = pick_device(config.device)
-    data = config.data.load()
+    data = data or config.data.load()
     partition = split(config, data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(stream(config.seed, Purpose.MODEL).integers(2**63)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from support import tiny_engine
 from torch import Tensor
 
 from fedkernels.algorithms import DpFedAvg, FedAvg
+from fedkernels.config import load
 from fedkernels.contract import Task, Vectors
 from fedkernels.federated.collectives import Collectives
 from fedkernels.privacy.mechanism import Privacy
+from fedkernels.train import build
 
 
 def each_collective(collectives: Collectives) -> dict[str, Any]:
@@ -110,3 +113,9 @@ def secrets_on_ranks(collectives: Collectives, noise: str) -> dict[str, Any]:
     drawn = engine.mechanism.seed
     engine.run_round()
     return {"drawn": drawn, "settled": engine.mechanism.seed, "x": engine.server.x.numpy().copy()}
+
+
+def planned_rounds(collectives: Collectives, path: str, overrides: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rounds of a configuration, with the bytes that ranks counted."""
+    engine, _, _ = build(load(Path(path), overrides), collectives)
+    return [engine.run_round() for _ in range(engine.settings.rounds)]

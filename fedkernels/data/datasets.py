@@ -141,6 +141,11 @@ class Cifar10:
 
     path: str
 
+    @staticmethod
+    def blank() -> Dataset:
+        """Black images in the published numbers and shapes, for planning where the files are not."""
+        return _blank(50_000, 10_000, (3, 32, 32), classes=10)
+
     def load(self) -> Dataset:
         """Read `data_batch_1` to `data_batch_5`, `test_batch` and `batches.meta`.
 
@@ -168,6 +173,11 @@ class Cifar100:
 
     path: str
 
+    @staticmethod
+    def blank() -> Dataset:
+        """Black images in the published numbers and shapes, for planning where the files are not."""
+        return _blank(50_000, 10_000, (3, 32, 32), classes=100)
+
     def load(self) -> Dataset:
         """Read `train`, `test` and `meta`.
 
@@ -190,6 +200,11 @@ class TinyImageNet:
     """
 
     path: str
+
+    @staticmethod
+    def blank() -> Dataset:
+        """Black images in the published numbers and shapes, for planning where the files are not."""
+        return _blank(100_000, 10_000, (3, 64, 64), classes=200)
 
     def load(self) -> Dataset:
         """Read `wnids.txt`, `train/<wnid>/images/*.JPEG`, `val/images` and `val/val_annotations.txt`.
@@ -255,6 +270,16 @@ def _images(
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
         augment=augment,
+    )
+
+
+def _blank(train: int, test: int, shape: tuple[int, ...], *, classes: int) -> Dataset:
+    """A balanced dataset of zeros, which take no memory until they are written to."""
+    targets, test_targets = torch.arange(train) % classes, torch.arange(test) % classes
+    pixels, test_pixels = (torch.zeros(n, *shape, dtype=torch.uint8) for n in (train, test))
+    ones = (1.0,) * shape[0]
+    return Dataset(
+        "image", pixels, targets, test_pixels, test_targets, classes, targets, None, ones, ones, augment=True
     )
 
 

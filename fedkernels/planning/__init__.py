@@ -1,0 +1,1 @@
+"""What a run would cost on other machines than this one."""

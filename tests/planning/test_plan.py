@@ -1,0 +1,131 @@
+"""The plan against what engines on real ranks count and take."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rank_checks import planned_rounds
+from support import on_ranks
+
+from fedkernels.cli import main
+from fedkernels.config import load
+from fedkernels.planning.network import Network
+from fedkernels.planning.planner import DRAWN_ROUNDS, Costs, Planner
+from fedkernels.planning.table import scales
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+COSTS = Costs(round_s=0.5, client_s=0.25, step_s=0.125)
+SMALL = {"model": "mlp", "cohort": 6, "local_steps": 2, "evaluator": "loop", "run_dir": "unused"}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", ["fedavg", "scaffold", "fedmuon", "fedbcgd"])
+def test_bytes_are_those_that_ranks_count(name: str, ranks: int) -> None:
+    """Bucket, blocks among their holders, and client state that moves: over as many rounds as the plan draws."""
+    overrides = {**SMALL, "rounds": DRAWN_ROUNDS}
+    counted = on_ranks(ranks, planned_rounds, str(CONFIGS / "digits" / f"{name}.yaml"), overrides)[0]
+    config = load(CONFIGS / "digits" / f"{name}.yaml", overrides)
+    predicted = Planner(config, config.data.load()).predict(ranks, COSTS, Network())
+    for key in ("link_bytes", "protocol_up_bytes", "protocol_down_bytes"):
+        assert getattr(predicted, key) == pytest.approx(sum(row[key] for row in counted) / len(counted), rel=1e-12)
+
+
+def test_private_rounds_send_a_norm_for_every_client() -> None:
+    """Their cohorts are secret, so that the bytes besides are compared."""
+    overrides = {**SMALL, "rounds": 3, "privacy.target_epsilon": None}
+    path = CONFIGS / "digits/dp_fedavg.yaml"
+    counted = on_ranks(2, planned_rounds, str(path), overrides)[0]
+    config = load(path, overrides)
+    predicted = Planner(config, config.data.load()).predict(2, COSTS, Network())
+    besides = {row["link_bytes"] - 2 * 8 * row["cohort"] for row in counted}
+    assert besides == {round(predicted.link_bytes - 2 * 8 * predicted.cohort)}
+
+
+def test_a_round_is_the_slowest_rank_and_the_reduction() -> None:
+    """Six equal clients of two steps on four ranks: two ranks train two of them."""
+    config = load(CONFIGS / "digits/fedavg.yaml", {**SMALL, "partition": "iid"})
+    network = Network(ranks_per_node=1, link_gb_s=1e-3, latency_us=0.0)
+    planner = Planner(config, config.data.load())
+    one, four = (planner.predict(ranks, COSTS, network) for ranks in (1, 4))
+    assert one.train_s == pytest.approx(6 * (0.25 + 2 * 0.125))
+    assert one.round_s == pytest.approx(0.5 + one.train_s)
+    assert four.train_s == pytest.approx(2 * (0.25 + 2 * 0.125))
+    bucket = four.link_bytes / 6  # a ring of four moves 2 (4 − 1) buckets
+    assert four.reduce_s == pytest.approx(2 * 3 / 4 * bucket / 1e6)
+    assert four.efficiency == pytest.approx(one.train_s / (4 * four.round_s))
+    grown = planner.predict(100, COSTS, network, clients_per_rank=3)
+    assert grown.cohort == 300
+    assert grown.train_s == pytest.approx(3 * (0.25 + 2 * 0.125))
+    with pytest.raises(ValueError, match="7 ranks for a cohort of 6"):
+        planner.predict(7, COSTS, network)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [(1, 0.0), (4, 1.5 / 50), (32, 1.75 / 50 + 1.5 / 10), (64, 1.75 / 50 + 1.75 / 10)]
+)
+def test_all_reduce_is_a_ring_inside_and_across(ranks: int, expected: float) -> None:
+    network = Network(ranks_per_node=8, node_gb_s=50, link_gb_s=10, latency_us=0)
+    assert network.all_reduce_s(1e9, ranks) == pytest.approx(expected)
+
+
+def test_many_ranks_reduce_small_buckets_by_a_tree() -> None:
+    network = Network(ranks_per_node=1, latency_us=10)
+    assert network.all_reduce_s(0, 1024) == pytest.approx(2 * 10 * 10e-6)
+
+
+def test_what_is_measured_predicts_what_is_measured() -> None:
+    """Costs that explain made-up rounds exactly are found again."""
+    config = load(CONFIGS / "digits/fedavg.yaml", SMALL)
+    planner = Planner(config, config.data.load())
+    costs = planner.measure(budget_s=0.5)
+    assert min(costs.round_s, costs.client_s, costs.step_s) >= 0
+    assert costs.round_s + costs.client_s + costs.step_s > 0
+    assert planner.memory_bytes(1)["server"] == 4 * planner.layout.d
+
+
+def test_memory_of_kept_state_is_shared_out() -> None:
+    config = load(CONFIGS / "digits/scaffold.yaml", SMALL)
+    planner = Planner(config, config.data.load())
+    kept = [planner.memory_bytes(ranks)["clients"] for ranks in (1, 4)]
+    assert kept == [4 * planner.layout.d * -(-config.clients // ranks) for ranks in (1, 4)]
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dataset that is not here is planned by its published shapes, and an earlier plan's costs are taken."""
+    (tmp_path / "p.json").write_text(json.dumps({"costs": {"round_s": 0.1, "client_s": 0.0, "step_s": 0.02}}))
+    out = tmp_path / "folder" / "plan.json"
+    arguments = ["--model", "lenet5", "--local_steps", "1", "--measured", str(tmp_path / "p.json"), "--out", str(out)]
+    config = ["--config", str(CONFIGS / "cifar100/fedmuon.yaml")]
+    assert main(["plan", *config, "--ranks", "1024", "--clients_per_rank", "2", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "published numbers" in said
+    assert "more than 10 ranks would leave some without a client" in said
+    plan = json.loads(out.read_text())
+    assert [row["ranks"] for row in plan["predictions"]] == [1, 2, 4, 8]
+    assert plan["predictions_grown"][-1]["cohort"] == 2048
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "0"], "ranks: 0, expected at least 1"),
+        (["--ranks", "4", "--link_gb_s", "-1"], "link_gb_s: -1"),
+        (["--ranks", "4", "--measured", "README.md"], "README.md: not a plan"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", str(CONFIGS / "digits/fedavg.yaml"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_scales() -> None:
+    assert scales(1) == [1]
+    assert scales(8) == [1, 2, 4, 8]
+    assert scales(1000)[-2:] == [512, 1000]
+
+
+def test_costs_scale() -> None:
+    assert replace(COSTS, client_s=0.0).batch_s([1, 4]) == 2 * 4 * 0.125

@@ -34,6 +34,7 @@ from .federated.evaluators import EvaluatorName
 from .federated.objective import Precision
 from .federated.parallel import DeepSpeedSettings, Sharding
 from .federated.schedule import LrSchedule
+from .kernels.dispatch import KernelsName
 from .layout import Role
 from .models import MODELS
 from .optim import OPTIMIZERS
@@ -104,6 +105,7 @@ class Config:
         placement: balance ranks by estimated work, or also by measured speed.
         reduce_dtype: of sums over clients; float64 hides rank count and order, float32 halves link bytes.
         on_nonfinite: what a client that sends NaN or infinity does to the run.
+        kernels: what optimizer steps and the other ops run on; auto takes the fastest backend that can run each.
         device: where clients train.
         threads: torch threads per rank; parallelism comes from ranks.
         eval_every: rounds between evaluations; the last round always is one.
@@ -141,6 +143,7 @@ class Config:
     placement: Literal["estimated", "measured"] = "estimated"
     reduce_dtype: Literal["float64", "float32"] = "float64"
     on_nonfinite: Literal["error", "drop_client"] = "error"
+    kernels: KernelsName = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     eval_every: Count = 1

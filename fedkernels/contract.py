@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -168,8 +168,32 @@ class Task(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Move:
+    """How a direction `P(g) [C, d]` becomes a step: `y ← y − η(s·P(g) + αG)` for active clients.
+
+    Args:
+        lr: η on the device, one value in the dtype of `y`, so that a captured graph replays with its current value.
+        share: s, weight of the local direction.
+        alpha: α, weight of the global direction.
+        G: the global direction `[d]`, the same for all clients; None without.
+        active: `[C]` bool on the device, False for clients that have no step left: they keep parameters and state,
+            whatever their gradient. None where all are active.
+    """
+
+    lr: Tensor
+    share: float = 1.0
+    alpha: float = 0.0
+    G: Tensor | None = None
+    active: Tensor | None = None
+
+    def on(self, run: slice) -> Move:
+        """The move of a run of the coordinates."""
+        return self if self.G is None else replace(self, G=self.G[run])
+
+
 class LocalOptimizer(Protocol):
-    """A transform from gradients to update directions, with per-client state.
+    """Steps along directions made of gradients, with per-client state.
 
     Attributes:
         shared: names of the state that a preconditioner-aligning algorithm averages.
@@ -189,18 +213,16 @@ class LocalOptimizer(Protocol):
         """Fresh state for clients at `y [C, d]`; every tensor has the leading client axis."""
         ...
 
-    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout) -> Tensor:
-        """The direction `P(g) [C, d]`, so that `y ← y − η P(g)`.
-
-        `state` is updated in place and `g` may be reused. The caller may overwrite the result, so it shares no memory
-        with `state` or `y`.
+    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
+        """Step along the direction `P(g)`: `y ← y − η(s·P(g) + αG)` and `state` in place, for active clients.
 
         Args:
             state: as `init` made it, changed by earlier steps.
-            g: gradients `[C, d]`.
-            y: parameters `[C, d]`, for decoupled weight decay.
+            g: gradients `[C, d]`, not written to; rows of inactive clients are undefined.
+            y: parameters `[C, d]`.
             k: the local step, from 1.
             layout: of the flat vectors.
+            move: η, s, αG and who is active.
         """
         ...
 

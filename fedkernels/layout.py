@@ -11,9 +11,9 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -69,6 +69,32 @@ class Slab:
     def view(self, vector: Tensor) -> Tensor:
         """The matrices `[..., count, rows, cols]` of a flat vector `[..., d]`, without a copy."""
         return vector[..., self.start : self.stop].unflatten(-1, (self.count, self.rows, self.cols))
+
+    def map(self, part: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `function` makes of the matrices `[..., count, rows, cols]`, from and to `[..., stop - start]`."""
+        return function(part.unflatten(-1, (self.count, self.rows, self.cols))).flatten(-3)
+
+
+class MatrixPart(Protocol):
+    """A run of matrix coordinates `[start, stop)` that are mapped together: a slab, or a shard's part of all slabs."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+    @property
+    def matrix_start(self) -> int: ...
+    @property
+    def matrix_stop(self) -> int: ...
+
+    @property
+    def scale(self) -> float:
+        """What is left of a slab's scale to apply to what `map` returns."""
+        ...
+
+    def map(self, part: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a function of whole matrices makes of this part `[C, stop - start]` of some."""
+        ...
 
 
 class Layout:
@@ -139,6 +165,7 @@ class Layout:
                 group, matrix_start = key(name), matrix_stop
             start = stop
         self.slabs = tuple(slabs)
+        self.matrix_parts: tuple[MatrixPart, ...] = self.slabs
         self._index(entries, [entry for entry in entries if is_matrix(entry.name)], lengths)
 
     def _index(self, entries: Sequence[Entry], matrices: Sequence[Entry], lengths: Sequence[int]) -> None:
@@ -223,19 +250,13 @@ class Layout:
         """The l2 norms `[..., 1]` of vectors `[..., d]`, over all shards of each where these are shards."""
         return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
 
-    def map_matrices(self, matrices: Tensor, function: Callable[[Tensor, Slab], Tensor]) -> Tensor:
-        """A new `[C, d_matrix]` tensor of what `function` makes of every slab `[C, count, rows, cols]` of matrices.
-
-        Args:
-            matrices: `[C, d_matrix]`, as `matrices` returns them.
-            function: acts on each matrix alone; it may be given some matrices of a slab.
-        """
-        out = torch.empty_like(matrices)
-        for slab in self.slabs:
-            run = slice(slab.matrix_start, slab.matrix_stop)
-            batch = matrices[:, run].unflatten(1, (slab.count, slab.rows, slab.cols))
-            out[:, run] = function(batch, slab).flatten(1)
-        return out
+    @property
+    def vector_runs(self) -> Iterator[tuple[slice, slice]]:
+        """Per contiguous run of what `vectors` gives, where it lies in a vector `[..., d]` and where in the result."""
+        at = 0
+        for start, stop in self._vector_runs:
+            yield slice(start, stop), slice(at, at + stop - start)
+            at += stop - start
 
     def merge(self, matrices: Tensor, vectors: Tensor) -> Tensor:
         """The inverse of (`matrices`, `vectors`): one new `[..., d]` tensor."""

@@ -38,7 +38,7 @@ FREE_KEYS = {
 }
 
 # Keys that a continuation keeps, although the numbers do not depend on them.
-HOW_KEYS = {"evaluator", "clients_per_batch", "placement"}
+HOW_KEYS = {"evaluator", "clients_per_batch", "placement", "kernels"}
 
 
 def fingerprint(config: Config) -> dict[str, Any]:

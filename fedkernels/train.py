@@ -128,12 +128,15 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
         try:
             while engine.round < rounds and not engine.stop_agreed:
                 start = time.perf_counter()
+                first = not engine.kernels.chosen
                 row = engine.run_round()
                 last = engine.round == rounds
                 due = engine.round % config.eval_every == 0 or last
                 row |= engine.evaluate() if due else {"test_loss": None, "test_accuracy": None}
                 totals["time_s"] += time.perf_counter() - start
                 if log is not None:
+                    if first:
+                        log.progress.note(engine.kernels.summary())
                     log.write({"round": engine.round, "time_s": totals["time_s"], **row})
                 if engine.round % config.checkpoint_every == 0 or last or engine.stop_agreed:
                     checkpoint.save(checkpoints, engine, identity, totals, config.keep_checkpoints)

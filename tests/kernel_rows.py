@@ -34,6 +34,15 @@ def poison(clients: int, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full((clients, d), math.nan, dtype=dtype, device=DEVICE)
 
 
+def apart(tensor: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
+    """The same rows, as a slice of longer ones, and those longer ones, poisoned elsewhere."""
+    clients, d = tensor.shape
+    whole = poison(clients, before + d + after, tensor.dtype)
+    view = whole[:, before : before + d]
+    view.copy_(tensor)
+    return view, whole
+
+
 def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.tensor(value, dtype=dtype, device=DEVICE)
 

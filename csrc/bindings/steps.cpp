@@ -16,21 +16,23 @@ struct Arguments {
   double share, alpha;
   const OptionalTensor &G, &scale, &active, &source, &x, &delta;
 
+  // By client, the first elements of its rows.
   template <class T, class Gradient>
-  Rows<T, Gradient> rows(const OptionalTensor& m, const OptionalTensor& v) const {
+  std::vector<Rows<T, Gradient>> rows(const OptionalTensor& m, const OptionalTensor& v) const {
     TORCH_CHECK(y.dim() == 2, "y has ", y.dim(), " dimensions, expected [C, d]");
     TORCH_CHECK(x.has_value() == delta.has_value(), "x and delta are given together or not at all");
-    const int64_t d = y.size(1), all = y.numel();
-    T* own = memory<T>(y, all, "y");
-    const T* from = memory<T>(source, all, "source");
-    return {from ? from : own,
-            own,
-            memory<T>(m, all, "m"),
-            memory<T>(v, all, "v"),
-            memory<Gradient>(g, all, "g"),
-            memory<T>(G, d, "G"),
-            memory<T>(x, d, "x"),
-            memory<T>(delta, all, "delta")};
+    const int64_t clients = y.size(0), d = y.size(1);
+    const auto own = client_rows<T>(y, clients, d, "y");
+    const auto from = source ? client_rows<T>(source, clients, d, "source") : own;
+    const auto first = client_rows<T>(m, clients, d, "m"), second = client_rows<T>(v, clients, d, "v");
+    const auto gradients = client_rows<Gradient>(g, clients, d, "g");
+    const auto deltas = client_rows<T>(delta, clients, d, "delta");
+    const T *global = memory<T>(G, d, "G"), *start = memory<T>(x, d, "x");
+    std::vector<Rows<T, Gradient>> all(clients);
+    for (int64_t c = 0; c < clients; ++c)
+      all[c] = {from.row(c),      own.row(c), first.row(c), second.row(c),
+                gradients.row(c), global,     start,        deltas.row(c)};
+    return all;
   }
 
   template <class T>
@@ -62,7 +64,7 @@ void fused_adamw(const Tensor& y, const Tensor& m, const Tensor& v, const Tensor
       constants[c] = {T(beta1), T(1 - beta1), T(beta2), T(1 - beta2), T(eps), T(weight_decay),
                       T(1 / (1 - std::pow(beta1, taken[c]))), T(1 / (1 - std::pow(beta2, seen[c] + taken[c])))};
     for_each_chunk(clients, d, [&](int64_t c, int64_t first, int64_t size) {
-      adamw(size, constants[c], steps[c], rows.at(c * d + first, first));
+      adamw(size, constants[c], steps[c], rows[c].at(first));
     });
   });
 }
@@ -79,7 +81,7 @@ void fused_sgd(const Tensor& y, const OptionalTensor& m, const Tensor& g, const 
     const int64_t clients = y.size(0), d = y.size(1);
     const Sgd<T> constants{T(momentum), T(weight_decay)};
     for_each_chunk(clients, d, [&](int64_t c, int64_t first, int64_t size) {
-      sgd(size, constants, steps[c], rows.at(c * d + first, first));
+      sgd(size, constants, steps[c], rows[c].at(first));
     });
   });
 }
@@ -89,10 +91,10 @@ template <class G>
 std::vector<double> norms(const Tensor& g) {
   TORCH_CHECK(g.dim() == 1 || g.dim() == 2, "g has ", g.dim(), " dimensions, expected [d] or [C, d]");
   const int64_t d = g.size(-1), clients = g.dim() == 2 ? g.size(0) : 1, chunks = (d + kChunk - 1) / kChunk;
-  const G* rows = memory<G>(g, g.numel(), "g");
+  const auto rows = client_rows<G>(g.dim() == 2 ? g : g.unsqueeze(0), clients, d, "g");
   std::vector<double> partial(chunks * clients), total(clients);
   for_each_chunk(clients, d, [&](int64_t c, int64_t first, int64_t size) {
-    partial[c * chunks + first / kChunk] = sum_of_squares(size, rows + c * d + first);
+    partial[c * chunks + first / kChunk] = sum_of_squares(size, rows.row(c) + first);
   });
   for (int64_t c = 0; c < clients; ++c) {
     for (int64_t k = 0; k < chunks; ++k) total[c] += partial[c * chunks + k];
@@ -118,11 +120,12 @@ void fused_sam(const Tensor& w, const Tensor& direction, const OptionalTensor& s
   for_dtypes(w, direction, [&](auto parameter, auto gradient) {
     using T = decltype(parameter);
     using G = decltype(gradient);
-    const int64_t clients = w.size(0), d = w.size(1), all = w.numel();
+    const int64_t clients = w.size(0), d = w.size(1);
     const bool one_row = direction.dim() == 1;
-    T *to = memory<T>(w, all, "w"), *kept = memory<T>(saved, all, "saved");
-    const T* from = source ? memory<T>(source, all, "source") : to;
-    const G* along = memory<G>(direction, one_row ? d : all, "direction");
+    const auto to = client_rows<T>(w, clients, d, "w"), kept = client_rows<T>(saved, clients, d, "saved");
+    const auto from = source ? client_rows<T>(source, clients, d, "source") : to;
+    const auto along = one_row ? ClientRows<G>{memory<G>(direction, d, "direction"), 0}
+                               : client_rows<G>(direction, clients, d, "direction");
     std::vector<double> coefficients;
     if (coefficient) {
       coefficients = scalars(coefficient, clients, 0, "coefficient");
@@ -132,11 +135,11 @@ void fused_sam(const Tensor& w, const Tensor& direction, const OptionalTensor& s
       coefficients.resize(clients, coefficients.front());
     }
     constexpr int64_t kCacheBytes = 32 << 20;
-    const bool past_caches = all * static_cast<int64_t>(sizeof(T)) >= kCacheBytes;
+    const bool past_caches = w.numel() * static_cast<int64_t>(sizeof(T)) >= kCacheBytes;
     for_each_chunk(clients, d, [&](int64_t c, int64_t first, int64_t size) {
-      const int64_t at = c * d + first;
-      const G* direction_at = along + (one_row ? first : at);
-      perturb(size, T(coefficients[c]), direction_at, from + at, to + at, kept ? kept + at : kept, past_caches);
+      T* keep = kept.data ? kept.row(c) + first : nullptr;
+      perturb(size, T(coefficients[c]), along.row(c) + first, from.row(c) + first, to.row(c) + first, keep,
+              past_caches);
     });
   });
 }

@@ -32,6 +32,26 @@ T* memory(const OptionalTensor& tensor, int64_t elements, const char* name) {
   return static_cast<T*>(tensor->data_ptr());
 }
 
+// Rows of clients: contiguous each, wherever the next one begins. Null where there is no tensor.
+template <class T>
+struct ClientRows {
+  T* data = nullptr;
+  int64_t stride = 0;
+
+  T* row(int64_t c) const { return data ? data + c * stride : nullptr; }
+};
+
+template <class T>
+ClientRows<T> client_rows(const OptionalTensor& tensor, int64_t clients, int64_t d, const char* name) {
+  if (!tensor) return {};
+  TORCH_CHECK(tensor->device().is_cpu(), name, " is on ", tensor->device(), ", expected cpu");
+  TORCH_CHECK(tensor->scalar_type() == kDtype<T>, name, " is ", tensor->scalar_type(), ", expected ", kDtype<T>);
+  TORCH_CHECK(tensor->dim() == 2 && tensor->size(0) == clients && tensor->size(1) == d, name, " has shape ",
+              tensor->sizes(), ", expected [", clients, ", ", d, "]");
+  TORCH_CHECK(d <= 1 || tensor->stride(1) == 1, name, " has rows that are not contiguous");
+  return {static_cast<T*>(tensor->data_ptr()), tensor->stride(0)};
+}
+
 // Scalars that are tensors, one or one per client, in whatever dtype they come.
 std::vector<double> scalars(const OptionalTensor& tensor, int64_t clients, double otherwise, const char* name) {
   if (!tensor) return std::vector<double>(clients, otherwise);

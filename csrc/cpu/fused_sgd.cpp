@@ -11,7 +11,7 @@ INLINE void run(int64_t n, const Sgd<T>& o, const Step<T>& step, const Rows<T, G
   if (!step.active) return skip_step(n, rows);
   for (int64_t k = 0; k < n; k += kTile) {
     const int64_t size = std::min(kTile, n - k);
-    const Rows<T, G> tile = rows.at(k, k);
+    const Rows<T, G> tile = rows.at(k);
     prefetch_ahead(k, n, rows);
     T *__restrict m = tile.m, *y = tile.y;
     const T *source = tile.source, *__restrict global = global_or_zeros(tile.global);

@@ -14,11 +14,9 @@ struct Rows {
   const T *global, *x;  // one row for all clients
   T* delta;
 
-  Rows at(int64_t client_element, int64_t element) const {
-    auto moved = [](auto* pointer, int64_t by) { return pointer ? pointer + by : pointer; };
-    return {moved(source, client_element), moved(y, client_element), moved(m, client_element),
-            moved(v, client_element),      moved(g, client_element), moved(global, element),
-            moved(x, element),             moved(delta, client_element)};
+  Rows at(int64_t element) const {
+    auto moved = [element](auto* pointer) { return pointer ? pointer + element : pointer; };
+    return {moved(source), moved(y), moved(m), moved(v), moved(g), moved(global), moved(x), moved(delta)};
   }
 };
 
@@ -27,7 +25,7 @@ struct Rows {
 template <class T, class G>
 INLINE void prefetch_ahead(int64_t k, int64_t n, const Rows<T, G>& rows) {
   if (k + kAhead >= n) return;
-  const Rows<T, G> ahead = rows.at(k + kAhead, k + kAhead);
+  const Rows<T, G> ahead = rows.at(k + kAhead);
   for (int64_t i = 0; i < kTile; i += 64 / static_cast<int64_t>(sizeof(T))) {
     __builtin_prefetch(ahead.source + i);
     if (ahead.m) __builtin_prefetch(ahead.m + i);

@@ -54,7 +54,7 @@ class DpFedAdamW(Algorithm):
 
     def client(self, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
         adamw = AdamW(beta1=self.beta1, beta2=self.beta2, eps=self.eps, weight_decay=self.weight_decay)
-        y, _ = run_local(task, s.x, adamw, direction=lambda p: p.add_(s.G, alpha=self.alpha))
+        y, _ = run_local(task, s.x, adamw, alpha=self.alpha, G=s.G)
         return {"r": y - s.x + self._public(s, task.round)}
 
     def server(self, s: Vectors, agg: Vectors, r: Round) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..contract import Algorithm, Batch, Round, Task, Vectors
-from ..federated.local import rescale_, run_local
+from ..contract import Algorithm, Round, Task, Vectors
+from ..federated.local import ascent, run_local, shifted_gradient
 from ..layout import Layout
 from ..optim import Sgd
 from ..wire import Wire
@@ -57,12 +57,8 @@ class DpFedPgn(Algorithm):
 
     def client(self, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
         # g is the last released ascent direction: along it the global loss rises fastest.
-        e = rescale_(s.g.clone(), self.rho, eps=1e-7) if self.variant == "penalty" else None
-
-        def mixed(y: Tensor, batch: Batch) -> Tensor:
-            return task.grad(y if e is None else y + e, batch).mul_(self.gamma).add_(s.g, alpha=1 - self.gamma)
-
-        y, _ = run_local(task, s.x, Sgd(), grad=mixed)
+        uphill = shifted_gradient(task, s.g, ascent(s.g, self.rho)) if self.variant == "penalty" else None
+        y, _ = run_local(task, s.x, Sgd(), grad=uphill, share=self.gamma, alpha=1 - self.gamma, G=s.g)
         r = s.x - y - self._public(s, task.round)
         return {"r": r if self.sparsify == 1 else keep_largest(r, self.sparsify)}
 

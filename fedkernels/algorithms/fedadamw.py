@@ -78,7 +78,7 @@ class FedAdamW(Algorithm):
                 v_bar = task.layout.curvature_blocks(self.second_moment).expand(v_bar)
             # v has seen t steps when this round starts, m none: two counters, or m stays almost uncorrected.
             state = {"v": v_bar, "v_steps": s.t}
-        y, end = run_local(task, s.x, adamw, state=state, direction=lambda p: p.add_(s.G, alpha=self.alpha))
+        y, end = run_local(task, s.x, adamw, state=state, alpha=self.alpha, G=s.G)
         up = {"delta": y - s.x}
         if self.second_moment == "full":
             up["v"] = end["v"]

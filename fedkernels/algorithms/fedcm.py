@@ -45,7 +45,7 @@ class FedCm(Algorithm):
         return {"x": x.clone(), "G": torch.zeros_like(x)}
 
     def client(self, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
-        y, _ = run_local(task, s.x, self.local, direction=lambda p: p.mul_(self.alpha).add_(s.G, alpha=1 - self.alpha))
+        y, _ = run_local(task, s.x, self.local, share=self.alpha, alpha=1 - self.alpha, G=s.G)
         return {"delta": y - s.x}
 
     def server(self, s: Vectors, agg: Vectors, r: Round) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..contract import Algorithm, Round, Task, Vectors
+from ..contract import Algorithm, Move, Round, Task, Vectors
 from ..federated.local import run_local
 from ..layout import Layout, Route
+from ..optim.steps import active_rows, step_along
 from ..wire import Wire
 
 
@@ -39,11 +40,13 @@ class AmsGrad:
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
         return {name: torch.zeros_like(y) for name in ("m", "v", "v_hat")}
 
-    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout) -> Tensor:
-        m = state["m"].lerp_(g, 1 - self.beta1)
-        v = state["v"].mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
-        v_hat = torch.maximum(state["v_hat"], v, out=state["v_hat"])
-        return m / v_hat.sqrt()
+    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
+        m, v, v_hat = state["m"], state["v"], state["v_hat"]
+        with active_rows(move.active, [m, v, v_hat]):
+            m.lerp_(g, 1 - self.beta1)
+            v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
+            p = m / torch.maximum(v_hat, v, out=v_hat).sqrt()
+        step_along(p, y, move)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +86,8 @@ class FedLada(Algorithm):
 
     def client(self, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
         amsgrad = AmsGrad(beta1=self.beta1, beta2=self.beta2)
-        y, end = run_local(
-            task,
-            s.x,
-            amsgrad,
-            state={"v": s.v_bar, "v_hat": s.v_bar},
-            direction=lambda p: p.mul_(self.alpha).add_(s.G, alpha=1 - self.alpha),
-        )
+        state = {"v": s.v_bar, "v_hat": s.v_bar}
+        y, end = run_local(task, s.x, amsgrad, state=state, share=self.alpha, alpha=1 - self.alpha, G=s.G)
         return {"delta": y - s.x, "v_hat": end["v_hat"]}
 
     def server(self, s: Vectors, agg: Vectors, r: Round) -> dict[str, Tensor]:

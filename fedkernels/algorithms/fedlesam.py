@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..contract import Algorithm, LocalOptimizer, Round, Task, Vectors
-from ..federated.local import rescale_, run_local
+from ..federated.local import ascent, run_local, shifted_gradient
 from ..layout import Layout
 from ..optim import Sgd
 from ..wire import Wire
@@ -50,8 +50,8 @@ class FedLesam(Algorithm):
     def client(self, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
         # What a client keeps starts at zero, which no received model is.
         seen = k.x_i.any(1, keepdim=True)
-        e = rescale_(torch.where(seen, k.x_i - s.x, 0), self.rho, eps=1e-7)
-        y, _ = run_local(task, s.x, self.local, grad=lambda y, b: task.grad(y + e, b))
+        uphill = torch.where(seen, k.x_i - s.x, 0)
+        y, _ = run_local(task, s.x, self.local, grad=shifted_gradient(task, uphill, ascent(uphill, self.rho)))
         k.x_i = s.x.expand_as(k.x_i)
         return {"delta": y - s.x}
 

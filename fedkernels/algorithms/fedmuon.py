@@ -86,9 +86,7 @@ class FedMuon(Algorithm):
             orthogonalization=self.orthogonalization,
         )
         state = {"M": s.M_bar} if self.share_momentum else {}
-        y, end = run_local(
-            task, s.x, muon, state=state, direction=lambda p: p.mul_(1 - self.alpha).add_(s.G, alpha=self.alpha)
-        )
+        y, end = run_local(task, s.x, muon, state=state, share=1 - self.alpha, alpha=self.alpha, G=s.G)
         delta = {"delta": y - s.x}
         return {**delta, "M": end["M"]} if self.share_momentum else delta
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..contract import Algorithm, Round, Task, Vectors
-from ..federated.local import rescale_, run_local, sam_gradient
+from ..federated.local import ascent, run_local, sam_gradient, shifted_gradient
 from ..layout import Layout
 from ..optim import Sgd
 from ..wire import Wire
@@ -56,8 +56,7 @@ class FedNsam(Algorithm):
             y, _ = run_local(task, s.z, sgd, grad=sam_gradient(task, self.rho))
             return {"delta": y - s.z}
         # m is a displacement downhill, so −m is the ascent direction.
-        e = rescale_(-s.m, self.rho, eps=1e-7).add_(s.m, alpha=self.gamma)
-        y, _ = run_local(task, s.x, sgd, grad=lambda y, b: task.grad(y + e, b))
+        y, _ = run_local(task, s.x, sgd, grad=shifted_gradient(task, s.m, self.gamma - ascent(s.m, self.rho)))
         return {"delta": y - s.x}
 
     def server(self, s: Vectors, agg: Vectors, r: Round) -> dict[str, Tensor]:

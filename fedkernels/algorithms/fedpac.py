@@ -102,9 +102,7 @@ class FedPac(Algorithm):
             state = {name: blocks.expand(s[wire]) if blocks else s[wire] for wire, name in self.theta.items()}
             if self._counted:  # Θ has seen t steps when this round starts, the first moment none: see FedAdamW
                 state |= dict.fromkeys(self.local.counters, s.t)
-        y, end = run_local(
-            task, s.x, self.local, state=state, direction=lambda p: p.mul_(1 - self.beta).add_(s.G, alpha=self.beta)
-        )
+        y, end = run_local(task, s.x, self.local, state=state, share=1 - self.beta, alpha=self.beta, G=s.G)
         theta = {wire: blocks.mean(end[name]) if blocks else end[name] for wire, name in self.theta.items()}
         square = torch.stack([t.double().square().sum(1, keepdim=True) for t in theta.values()]).sum(0)
         return {"delta": y - s.x, **theta, "theta_square": square}

@@ -67,7 +67,8 @@ def _train(
     keep = Vectors({name: stored[name] for name in algorithm.keep}, what="the client's kept state")
     g = x.new_empty(len(ids), engine.layout.d)
     task = _WatchedTask(engine.layout, engine.batches, ids, blocks, nominal, evaluator, g, engine.settings.clip_norm)
-    up = algorithm.client(engine.down(), keep, task)
+    with engine.kernels.use():
+        up = algorithm.client(engine.down(), keep, task)
     return task.y, up
 
 

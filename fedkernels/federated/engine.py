@@ -14,6 +14,7 @@ from torch import Tensor
 from ..contract import Algorithm, Batch, Round, Vectors
 from ..data.partition import Partition
 from ..formats import format_epsilon
+from ..kernels.dispatch import Kernels
 from ..layout import Role
 from ..privacy.accountant import Accountant
 from ..privacy.mechanism import GaussianMechanism, check
@@ -52,11 +53,13 @@ class Engine:
         run: under privacy, which run it is: those that differ share no noise, whatever their `noise_seed`.
 
     Raises:
+        BackendError: the settings name a backend of kernels that cannot run here.
         ValueError: a cohort larger than the population or smaller than the number of ranks, a client without data, or
             what `privacy.mechanism.check` refuses, or a target ε that one round exceeds.
 
     Attributes:
         mechanism, accountant: of private wires; None without privacy.
+        kernels: the backends of ops, and what they ran on so far.
 
     Example:
         >>> from fedkernels.config import load
@@ -119,6 +122,8 @@ class Engine:
             directory / f"rank{self.collectives.process_rank}",
             settings.store_memory_bytes,
         )
+        self.kernels = Kernels(settings.kernels)
+        self.kernels.check(x.device.type, x.dtype, self.layout.d)
         self._bound: BoundModule | ShardedModule
         if isinstance(self.layout, ShardedLayout):
             self._bound = shard(objective, self.layout, settings.sharding, self.collectives, settings.deepspeed)
@@ -253,7 +258,10 @@ class Engine:
         Raises:
             NonFiniteUpdateError: a client sent NaN or infinity and the settings say `error`; the server is as before.
         """
-        choice = self.choice or self.settle()
+        with self.kernels.use():
+            return self._run_round(self.choice or self.settle())
+
+    def _run_round(self, choice: Choice) -> dict[str, float | int | None]:
         link_before, start = self.collectives.link_bytes, time.perf_counter()
         settings, rank, world = self.settings, self.collectives.rank, self.collectives.world_size
         ids, blocks = self.draw_cohort()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..contract import Batch, LocalOptimizer, SamplesCurvature, Task
-from ..layout import Layout
+from ..contract import Batch, LocalOptimizer, Move, SamplesCurvature, Task
+from ..kernels.fused_sam import fused_sam, row_norm
+from ..optim.steps import active_rows
 
 
 def run_local(
@@ -18,9 +20,11 @@ def run_local(
     *,
     state: Mapping[str, Tensor] | None = None,
     grad: Callable[[Tensor, Batch], Tensor] | None = None,
-    direction: Callable[[Tensor], Tensor] | None = None,
+    share: float = 1.0,
+    alpha: float = 0.0,
+    G: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run every local step of `C` clients from `x`: `y ← y − η direction(P(grad(y, batch)))`.
+    """Run every local step of `C` clients from `x`: `y ← y − η(s·P(grad(y, batch)) + αG)`.
 
     Clients with fewer steps than the others are masked: their parameters and state stay as they were.
 
@@ -28,7 +32,9 @@ def run_local(
         x: the start, `[d]` for all clients or `[C, d]`.
         state: entries that replace fresh optimizer state, `[d]` for all clients or `[C, d]`.
         grad: replaces `task.grad`, for control variates, proximal terms and perturbed points.
-        direction: maps the optimizer's direction `[C, d]` to the one taken, for corrections.
+        share: s, weight of the optimizer's direction P.
+        alpha: α, weight of the global direction.
+        G: the global direction `[d]`; None for none.
 
     Returns:
         `y [C, d]` after the last step, and the optimizer's state.
@@ -43,36 +49,26 @@ def run_local(
         own[name].copy_(value)
     gradient = grad or task.grad
     sampling = optimizer if isinstance(optimizer, SamplesCurvature) else None
+    everyone = Move(y.new_full((), task.lr), share, alpha, G)
     for k, batch in enumerate(task.batches(), start=1):
         g = gradient(y, batch)
-        before = None if batch.active is None else {name: value.clone() for name, value in own.items()}
+        move = everyone if batch.active is None else replace(everyone, active=batch.active.to(y.device))
         if sampling is not None and sampling.curvature_due(k):
-            sampling.observe(own, *task.sampled_grad(y, batch, k))
-        p = optimizer.step(own, g, y, k, task.layout)
-        if direction is not None:
-            p = direction(p)
-        if batch.active is not None and before is not None:
-            active = batch.active.to(y.device)[:, None]
-            p = torch.where(active, p, 0)
-            for name, value in own.items():
-                value.copy_(torch.where(active, value, before[name]))
-        y.add_(p, alpha=-task.lr)
+            with active_rows(move.active, own.values()):
+                sampling.observe(own, *task.sampled_grad(y, batch, k))
+        optimizer.step(own, g, y, k, task.layout, move)
     task.trained(y)
     return y, own
 
 
-def rescale_(v: Tensor, rho: float, eps: float = 1e-12, layout: Layout | None = None) -> Tensor:
+def rescale_(v: Tensor, rho: float, eps: float = 1e-12) -> Tensor:
     """Scale `v [..., d]` to length ρ in place, `ρ v/(‖v‖ + ε)`; a zero vector stays zero.
-
-    Args:
-        layout: of v, where it may be a shard.
 
     Example:
         >>> rescale_(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 10.0).tolist()
         [[6.0, 8.0], [0.0, 0.0]]
     """
-    norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True) if layout is None else layout.norms(v)
-    return v.mul_(rho / (norm + eps))
+    return v.mul_(rho / (torch.linalg.vector_norm(v, dim=-1, keepdim=True) + eps))
 
 
 def sam_gradient(task: Task, rho: float) -> Callable[[Tensor, Batch], Tensor]:
@@ -92,7 +88,37 @@ def sam_gradient(task: Task, rho: float) -> Callable[[Tensor, Batch], Tensor]:
     ascended = task.steps.new_empty(len(task.steps), task.layout.d)
 
     def gradient(y: Tensor, batch: Batch) -> Tensor:
-        torch.add(y, rescale_(task.grad(y, batch), rho, layout=task.layout), out=ascended)
+        g = task.grad(y, batch)
+        if task.layout.whole is task.layout:
+            fused_sam(y, g, rho=rho, out=ascended)
+        else:
+            fused_sam(y, g, coefficient=rho / (task.layout.norms(g).squeeze(1) + 1e-12), out=ascended)
         return task.grad(ascended, batch)
 
     return gradient
+
+
+def shifted_gradient(task: Task, direction: Tensor, coefficient: Tensor) -> Callable[[Tensor, Batch], Tensor]:
+    """The `grad` at a point that is off by the same vector all round, `∇f_i(y + c·v)`; the vector is never stored.
+
+    Args:
+        direction: v, `[C, d]`, or `[d]` for all clients.
+        coefficient: c, one value or `[C]`, such as `ascent(v, ρ)`.
+    """
+    shifted = task.steps.new_empty(len(task.steps), task.layout.d)
+
+    def gradient(y: Tensor, batch: Batch) -> Tensor:
+        fused_sam(y, direction, coefficient=coefficient, out=shifted)
+        return task.grad(shifted, batch)
+
+    return gradient
+
+
+def ascent(v: Tensor, rho: float, eps: float = 1e-7) -> Tensor:
+    """What makes rows of `v [C, d]` or `[d]` as long as ρ: `ρ/(‖v‖ + ε)`, `[C]` or `[1]`.
+
+    Example:
+        >>> ascent(torch.tensor([[3.0, 4.0]]), 10.0).tolist()
+        [2.0]
+    """
+    return rho / (row_norm(v) + eps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..kernels.dispatch import KernelsName
 from ..privacy.mechanism import Privacy
 from ..wire import Codec
 from .batches import LocalWork
@@ -26,6 +27,7 @@ class EngineSettings:
         clients_per_batch: clients a rank trains at once; None lets the evaluator decide.
         placement: `estimated` balances local steps over ranks, `measured` also each rank's measured speed.
         reduce_dtype: of sums over clients; `float64` makes float32 results independent of ranks and their order.
+        kernels: what optimizer steps and the other ops run on; `auto` takes the fastest backend that can run each.
         store_memory_bytes: client state held in memory per rank before pages are mapped from files.
         sharding: how the ranks of a client group share its model; `none` where groups are single ranks.
         deepspeed: what `sharding: deepspeed` leaves to choose; None for its defaults.
@@ -47,6 +49,7 @@ class EngineSettings:
     placement: Literal["estimated", "measured"] = "estimated"
     reduce_dtype: Literal["float64", "float32"] = "float64"
     on_nonfinite: Literal["error", "drop_client"] = "error"
+    kernels: KernelsName = "auto"
     store_memory_bytes: float = 2.0**30
     sharding: Sharding = "none"
     deepspeed: DeepSpeedSettings | None = None

@@ -110,7 +110,8 @@ class ShardedLayout(Layout):
             start += high - low
         matrices = {entry.name for entry in whole.matrix_entries}
         self._index(entries, [entry for entry in entries if entry.name in matrices], [start, 0])
-        self._owners = MatrixOwners(whole, cut, group)
+        at = self.matrix_entries[0].start if self.matrix_entries else 0
+        self.matrix_parts = (MatrixOwners(whole, cut, group, at, self.d_matrix),) if whole.slabs else ()
 
     @property
     def whole(self) -> Layout:
@@ -137,9 +138,6 @@ class ShardedLayout(Layout):
         squares = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float64).square_()
         return self.group.sum(squares).sqrt_().to(vectors.dtype)
 
-    def map_matrices(self, matrices: Tensor, function: Callable[[Tensor, Slab], Tensor]) -> Tensor:
-        return self._owners.map(matrices, function)
-
     def curvature_blocks(self, rule: Literal["hessian", "tensor"]) -> CurvatureBlocks:
         if rule not in self._curvature:
             self._curvature[rule] = ShardedCurvatureBlocks(self, rule)
@@ -149,11 +147,20 @@ class ShardedLayout(Layout):
 class MatrixOwners:
     """Brings every matrix together at one rank of the group, and its parts back.
 
-    Ranks own matrices in equal shares of what orthogonalization costs, rows · cols · min(rows, cols) each. Two messages
-    from each rank to each other carry all matrices there and back.
+    A `MatrixPart`: all matrix coordinates of the shard, mapped in one go and scaled slab by slab. Ranks own matrices in
+    equal shares of what orthogonalization costs, rows · cols · min(rows, cols) each. One message from each rank to each
+    other carries all parts there, and one carries them back.
+
+    Args:
+        start: where the matrix coordinates begin in the shard; they lie side by side.
+        size: how many they are.
     """
 
-    def __init__(self, whole: Layout, cut: Cut, group: ClientGroup) -> None:
+    scale = 1.0
+
+    def __init__(self, whole: Layout, cut: Cut, group: ClientGroup, start: int, size: int) -> None:
+        self.start, self.stop = start, start + size
+        self.matrix_start, self.matrix_stop = 0, size
         slabs = [slab for slab in whole.slabs for _ in range(slab.count)]
         costs = [slab.rows * slab.cols * min(slab.rows, slab.cols) for slab in slabs]
         ends = [0] * group.size
@@ -180,15 +187,14 @@ class MatrixOwners:
             at = [start for _, start in members]
             self._slabs.append((slab, slice(at[0], at[0] + len(at) * slab.rows * slab.cols), len(at)))
 
-    def map(self, matrices: Tensor, function: Callable[[Tensor, Slab], Tensor]) -> Tensor:
-        """As `Layout.map_matrices`, of this shard's `[C, d_matrix]`."""
-        clients = len(matrices)
-        whole = matrices.new_empty(clients, self._size)
-        self._exchange(matrices, self._parts, whole, self._places)
+    def map(self, part: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        clients = len(part)
+        whole = part.new_empty(clients, self._size)
+        self._exchange(part, self._parts, whole, self._places)
         for slab, run, count in self._slabs:
             batch = whole[:, run].unflatten(1, (count, slab.rows, slab.cols))
-            whole[:, run] = function(batch, slab).flatten(1)
-        out = torch.empty_like(matrices)
+            whole[:, run] = function(batch).mul(slab.scale).flatten(1)
+        out = torch.empty_like(part)
         self._exchange(whole, self._places, out, self._parts)
         return out
 

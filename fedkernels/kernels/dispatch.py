@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 Backend = Literal["triton", "cpp", "reference"]
+KernelsName = Literal["auto", "reference", "cpp", "triton"]
 BACKENDS: tuple[Backend, ...] = ("triton", "cpp", "reference")  # in order of preference
 
 # Every environment variable that the kernels read.
@@ -56,6 +59,54 @@ class Choice:
     refused: Mapping[Backend, str]
 
 
+@dataclass
+class Kernels:
+    """What the ops of one run are asked to run on, and what they ran on.
+
+    Args:
+        backend: of every op, `auto` for the fastest that can run. FEDKERNELS_BACKEND is stronger, and a backend that a
+            call names stronger still.
+        chosen: by op, the choice of its last call.
+
+    Example:
+        >>> kernels = Kernels("reference")
+        >>> with kernels.use():
+        ...     choose("fused_sgd", ON_ROWS, "cpu", torch.float32, (2, 10)).backend
+        'reference'
+        >>> kernels.summary()
+        'kernels reference: fused_sgd on reference (asked for by kernels)'
+    """
+
+    backend: KernelsName = "auto"
+    chosen: dict[str, Choice] = field(default_factory=dict)
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Ops that are called inside, in this thread, belong to the run."""
+        token = _RUN.set(self)
+        try:
+            yield
+        finally:
+            _RUN.reset(token)
+
+    def check(self, device: str, dtype: torch.dtype, d: int) -> None:
+        """Look whether the steps over flat rows, which every run takes, can run as asked.
+
+        Raises:
+            ValueError, BackendError: as `choose`.
+        """
+        with Kernels(self.backend).use():
+            choose("fused_sgd", ON_ROWS, device, dtype, (1, d))
+
+    def summary(self) -> str:
+        """Which backend each op ran on, and why."""
+        ran = (f"{op} on {choice.backend} ({choice.why})" for op, choice in sorted(self.chosen.items()))
+        return f"kernels {self.backend}: {', '.join(ran) or 'none ran'}"
+
+
+_RUN: ContextVar[Kernels | None] = ContextVar("run", default=None)
+
+
 class Rule(Protocol):
     """Why a backend that is here cannot, or should not, run an op on such tensors; None where it should."""
 
@@ -95,7 +146,7 @@ def choose(
         device: type of the device, such as `cuda`.
         dtype: what is computed in, that of the parameters.
         shape: of the main argument.
-        backend: run this one, as FEDKERNELS_BACKEND does for every op.
+        backend: run this one, as FEDKERNELS_BACKEND does for every op and `Kernels` for those of a run.
 
     Raises:
         ValueError: a backend of this name does not exist.
@@ -105,8 +156,27 @@ def choose(
         >>> choose("fused_adamw", ON_ROWS, "meta", torch.float32, (2, 10)).backend
         'reference'
     """
-    if asked := backend or os.environ.get("FEDKERNELS_BACKEND"):
-        by = "backend" if backend else "FEDKERNELS_BACKEND"
+    run = _RUN.get()
+    choice = _choose(op, rules, device, dtype, shape, backend, run)
+    if run is not None:
+        run.chosen[op] = choice
+    return choice
+
+
+def _choose(
+    op: str,
+    rules: Mapping[Backend, Rule],
+    device: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    backend: str | None,
+    run: Kernels | None,
+) -> Choice:
+    of_run = None if run is None or run.backend == "auto" else run.backend
+    wishes = {"backend": backend, "FEDKERNELS_BACKEND": os.environ.get("FEDKERNELS_BACKEND"), "kernels": of_run}
+    for by, asked in wishes.items():
+        if not asked:
+            continue
         named = next((known for known in BACKENDS if known == asked), None)
         if named is None:
             raise ValueError(f"{by}={asked}: unknown backend, expected one of {', '.join(BACKENDS)}")
@@ -146,6 +216,34 @@ def require(name: str, tensor: Tensor | None, like: Tensor, shape: tuple[int, ..
     """
     if tensor is None:
         return
+    _require(name, tensor, like, shape, dtypes)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous: strides {list(tensor.stride())} of shape {list(shape)}")
+
+
+def require_rows(
+    name: str, tensor: Tensor | None, like: Tensor, shape: tuple[int, int], *dtypes: torch.dtype, written: bool = False
+) -> None:
+    """Check one argument `[C, d]` of a kernel over rows: each is contiguous, wherever the next one begins.
+
+    Args:
+        written: whether the kernel writes to it, so that rows may not share memory.
+
+    Raises:
+        ValueError: it is on another device than `like`, not of that shape and one of the dtypes, or has rows that are
+            not contiguous, or that overlap and are written to.
+    """
+    if tensor is None:
+        return
+    _require(name, tensor, like, shape, dtypes)
+    (clients, d), (step, within) = shape, tensor.stride()
+    if d > 1 and within != 1:
+        raise ValueError(f"{name} has rows that are not contiguous: strides [{step}, {within}] of shape {list(shape)}")
+    if written and clients > 1 and step < d:
+        raise ValueError(f"{name} has rows that overlap: strides [{step}, {within}] of shape {list(shape)}")
+
+
+def _require(name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, expected {like.device}")
     if tuple(tensor.shape) != shape:
@@ -153,8 +251,6 @@ def require(name: str, tensor: Tensor | None, like: Tensor, shape: tuple[int, ..
     if dtypes and tensor.dtype not in dtypes:
         expected = " or ".join(_name(dtype) for dtype in dtypes)
         raise ValueError(f"{name} is {_name(tensor.dtype)}, expected {expected}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} is not contiguous: strides {list(tensor.stride())} of shape {list(shape)}")
 
 
 def require_scalars(name: str, tensor: Tensor | None, like: Tensor, clients: int) -> None:

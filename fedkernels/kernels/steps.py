@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import require, require_scalars
+from .dispatch import require, require_rows, require_scalars
 
 
 def take_step(
@@ -42,18 +42,19 @@ def check_step(
     """Refuse what a kernel cannot take.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device, is not contiguous, or lacks its companion.
+        ValueError: an argument has the wrong shape, dtype or device, is not contiguous where it has to be, or lacks its
+            companion.
     """
     if y.dim() != 2:
         raise ValueError(f"y has shape {list(y.shape)}, expected [C, d]")
     clients, d = y.shape
-    require("y", y, y, (clients, d))
-    require("g", g, y, (clients, d), y.dtype, torch.bfloat16)
+    require_rows("y", y, y, (clients, d), written=True)
+    require_rows("g", g, y, (clients, d), y.dtype, torch.bfloat16)
     require("G", G, y, (d,), y.dtype)
     require("active", active, y, (clients,), torch.bool)
-    require("source", source, y, (clients, d), y.dtype)
+    require_rows("source", source, y, (clients, d), y.dtype)
     require("x", x, y, (d,), y.dtype)
-    require("delta", delta, y, (clients, d), y.dtype)
+    require_rows("delta", delta, y, (clients, d), y.dtype, written=True)
     require_scalars("lr", lr, y, clients)
     require_scalars("scale", scale, y, clients)
     if (x is None) != (delta is None):

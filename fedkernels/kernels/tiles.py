@@ -2,7 +2,8 @@
 
 A program owns one tile of one client's row. Programs of the same tile of different clients are neighbours, so that what
 clients share is read from memory once. Offsets are int64: `C·d` may exceed 2³¹. Kernels branch on whether a tile is
-whole, since a mask of unknown length would keep the compiler from 16-byte accesses.
+whole, since a mask of unknown length would keep the compiler from 16-byte accesses. Every tensor has its own stride
+between rows.
 """
 
 from __future__ import annotations
@@ -21,18 +22,31 @@ def grid(y: Tensor, size: int = TILE) -> tuple[int]:
     return (y.shape[0] * triton.cdiv(y.shape[1], size),)
 
 
+def stride(tensor: Tensor | None) -> int:
+    """Elements between rows; 0 where there is no tensor, or one row for all clients."""
+    return 0 if tensor is None or tensor.dim() == 1 else tensor.stride(0)
+
+
 def per_client(tensor: Tensor | None) -> bool:
     """Whether a scalar argument has a value for each client."""
     return tensor is not None and tensor.numel() > 1
 
 
 @triton.jit
-def place(clients, d, SIZE: tl.constexpr):
-    """This program's client, the offset of its row, its columns and the end of its tile."""
+def place(clients, SIZE: tl.constexpr):
+    """This program's client, its columns and the end of its tile."""
     pid = tl.program_id(0)
-    client = pid % clients
     first = (pid // clients).to(tl.int64) * SIZE
-    return client, client.to(tl.int64) * d, first + tl.arange(0, SIZE), first + SIZE
+    return pid % clients, first + tl.arange(0, SIZE), first + SIZE
+
+
+@triton.jit
+def row(ptr, client, stride):
+    """Where a client's row begins."""
+    if ptr is None:
+        return None
+    else:
+        return ptr + client.to(tl.int64) * stride
 
 
 @triton.jit
@@ -59,8 +73,8 @@ def moved(start, p, G_ptr, cols, inside, lr, share, alpha):
 
 
 @triton.jit
-def store_parameters(y, y_ptr, x_ptr, delta_ptr, at, cols, inside):
+def store_parameters(y, y_ptr, x_ptr, delta_ptr, cols, inside):
     """Store `y`, and `delta ← y − x`."""
-    tl.store(y_ptr + at, y, inside)
+    tl.store(y_ptr + cols, y, inside)
     if delta_ptr is not None:
-        tl.store(delta_ptr + at, y - tl.load(x_ptr + cols, inside), inside)
+        tl.store(delta_ptr + cols, y - tl.load(x_ptr + cols, inside), inside)

@@ -1,4 +1,4 @@
-"""Local optimizers: transforms from flat gradients `[C, d]` to directions `[C, d]`."""
+"""Local optimizers: steps of flat parameters `[C, d]` along directions made of flat gradients `[C, d]`."""
 
 from .adamw import AdamW
 from .muon import Muon

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -9,32 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..contract import Move
+from ..kernels.fused_adamw import fused_adamw
 from ..layout import Layout, Route
 
-
-def adam_step(
-    m: Tensor, v: Tensor, g: Tensor, *, beta1: float, beta2: float, eps: float, k: int | Tensor, seen: Tensor | int = 0
-) -> Tensor:
-    """One step of Adam without weight decay; updates `m` and `v` in place.
-
-    `m ← β₁m + (1−β₁)g`, `v ← β₂v + (1−β₂)g²`, the result `m̂/(√v̂ + ε)` with `m̂ = m/(1−β₁^k)` and
-    `v̂ = v/(1−β₂^(seen+k))`.
-
-    Args:
-        m, v, g: `[C, n]`.
-        k: steps of `m` with this one, a number or `[C, 1]` float64.
-        seen: steps that `v` had already seen when `m` was zero, a number or `[C, 1]` float64.
-    """
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denominator = (v / _bias(beta2, seen + k, v)).sqrt_().add_(eps)
-    return (m / _bias(beta1, k, m)).div_(denominator)
-
-
-def _bias(beta: float, steps: float | Tensor, like: Tensor) -> float | Tensor:
-    # Counts are float64: 1 − β^k loses four digits in float32 at small k.
-    bias = 1 - beta**steps
-    return bias.to(like.dtype) if isinstance(bias, Tensor) else bias
+_COUNTS = ("m_steps", "v_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +22,8 @@ class AdamW:
     """AdamW whose second moment may have a longer past than its first.
 
     `m ← β₁m + (1−β₁)g`, `v ← β₂v + (1−β₂)g²`, `P = m̂/(√v̂ + ε) + λy` with `m̂ = m/(1−β₁^k)` and
-    `v̂ = v/(1−β₂^(k₀+k))`, where `k₀ = state["v_steps"]` counts the steps `v` has seen before this round.
+    `v̂ = v/(1−β₂^(k₀+k))`, where `k = state["m_steps"]` counts the steps of this round and `k₀ = state["v_steps"]` those
+    that `v` has seen before it. Both counts stay on the device.
 
     Args:
         beta1: β₁, decay of the first moment.
@@ -64,10 +45,32 @@ class AdamW:
     route: ClassVar[Route] = "hidden"
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
-        steps = torch.zeros(y.shape[0], 1, dtype=torch.float64, device=y.device)
-        return {"m": torch.zeros_like(y), "v": torch.zeros_like(y), "v_steps": steps}
+        counts = {name: torch.zeros(y.shape[0], 1, dtype=torch.float64, device=y.device) for name in _COUNTS}
+        return {"m": torch.zeros_like(y), "v": torch.zeros_like(y), **counts}
 
-    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout) -> Tensor:
-        betas = {"beta1": self.beta1, "beta2": self.beta2}
-        p = adam_step(state["m"], state["v"], g, **betas, eps=self.eps, k=k, seen=state["v_steps"])
-        return p.add_(y, alpha=self.weight_decay)
+    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
+        self.step_runs(state, g, y, [(slice(None), slice(None))], move)
+
+    def step_runs(
+        self, state: dict[str, Tensor], g: Tensor, y: Tensor, runs: Iterable[tuple[slice, slice]], move: Move
+    ) -> None:
+        """Step some of the coordinates: `runs` are where they lie in `y` and `g [C, d]`, and where in `state`."""
+        state["m_steps"].add_(1)
+        for at, own in runs:
+            fused_adamw(
+                y[:, at],
+                state["m"][:, own],
+                state["v"][:, own],
+                g[:, at],
+                lr=move.lr,
+                step=state["m_steps"],
+                v_steps=state["v_steps"],
+                beta1=self.beta1,
+                beta2=self.beta2,
+                eps=self.eps,
+                weight_decay=self.weight_decay,
+                share=move.share,
+                alpha=move.alpha,
+                G=move.on(at).G,
+                active=move.active,
+            )

@@ -9,9 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..contract import Move
 from ..kernels.newton_schulz import Orthogonalization, newton_schulz
-from ..layout import Layout, Route, Slab
+from ..layout import Layout, Route
 from .adamw import AdamW
+from .steps import active_rows, step_along
 
 
 def require_matrices(layout: Layout, optimizer: str = "Muon") -> Layout:
@@ -69,14 +71,14 @@ class Muon:
         require_matrices(layout)
         return {"M": torch.zeros_like(layout.matrices(y)), **self._adamw().init(layout.vectors(y), layout)}
 
-    def _orthogonalize(self, u: Tensor, slab: Slab) -> Tensor:
-        o = newton_schulz(u, self.ns_steps, self.orthogonalization)
-        return o.mul_(slab.scale * self.lr_multiplier)
-
-    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout) -> Tensor:
-        g_matrices, y_matrices = layout.matrices(g), layout.matrices(y)
-        momentum = state["M"].lerp_(g_matrices, 1 - self.momentum)
-        u = torch.lerp(g_matrices, momentum, self.momentum)
-        p = layout.map_matrices(u, self._orthogonalize)
-        p.add_(y_matrices, alpha=self.weight_decay)
-        return layout.merge(p, self._adamw().step(state, layout.vectors(g), layout.vectors(y), k, layout))
+    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
+        for part in layout.matrix_parts:
+            at = slice(part.start, part.stop)
+            momentum, gradient = state["M"][:, part.matrix_start : part.matrix_stop], g[:, at]
+            with active_rows(move.active, [momentum]):
+                momentum.lerp_(gradient, 1 - self.momentum)
+                u = torch.lerp(gradient, momentum, self.momentum)
+            o = part.map(u, lambda matrices: newton_schulz(matrices, self.ns_steps, self.orthogonalization))
+            factor = part.scale * self.lr_multiplier
+            step_along(o, y[:, at], move.on(at), weight_decay=self.weight_decay, factor=factor)
+        self._adamw().step_runs(state, g, y, layout.vector_runs, move)

@@ -9,6 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..contract import Move
+from ..kernels.fused_sgd import fused_sgd
 from ..layout import Layout, Route
 
 
@@ -23,9 +25,10 @@ class Sgd:
         weight_decay: λ, coupled: it enters the momentum.
 
     Example:
-        >>> g = y = torch.ones(1, 2)
-        >>> Sgd(weight_decay=0.5).step({}, g, y, 1, Layout({}, {})).tolist()
-        [[1.5, 1.5]]
+        >>> g, y = torch.ones(1, 2), torch.ones(1, 2)
+        >>> Sgd(weight_decay=0.5).step({}, g, y, 1, Layout({}, {}), Move(torch.tensor(0.5)))
+        >>> y.tolist()
+        [[0.25, 0.25]]
     """
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -39,7 +42,16 @@ class Sgd:
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
         return {"m": torch.zeros_like(y)} if self.momentum else {}
 
-    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout) -> Tensor:
-        if self.weight_decay:
-            g = g.add(y, alpha=self.weight_decay)
-        return state["m"].mul_(self.momentum).add_(g).clone() if self.momentum else g
+    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
+        fused_sgd(
+            y,
+            state.get("m"),
+            g,
+            lr=move.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            share=move.share,
+            alpha=move.alpha,
+            G=move.G,
+            active=move.active,
+        )

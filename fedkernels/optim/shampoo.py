@@ -9,10 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..contract import Move
 from ..layout import Layout, Route
 from .adamw import AdamW
-from .kronecker import accumulate, factor_size, factors, inverse_root, multiply
+from .kronecker import accumulate, factor_size, factors, inverse_root
 from .muon import require_matrices
+from .steps import active_rows, step_along
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +71,16 @@ class Shampoo:
         steps = torch.zeros(len(y), 1, dtype=torch.float64, device=y.device)
         return {**state, "H_steps": steps, **self._adamw().init(layout.vectors(y), layout)}
 
-    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout) -> Tensor:
-        accumulate(state["H"], g, layout, self.beta)
-        if (k - 1) % self.refresh_every == 0:
-            corrected = state["H"] / (1 - self.beta ** (state["H_steps"] + k)).to(y.dtype)
-            for pair, roots in zip(factors(corrected, layout), factors(state["roots"], layout), strict=True):
-                for a, root in zip(pair, roots, strict=True):
-                    root.copy_(inverse_root(a, self.root, self.eps))
-        p = layout.matrices(multiply(g, state["roots"], layout)).mul(self.lr_multiplier)
-        p.add_(layout.matrices(y), alpha=self.weight_decay)
-        return layout.merge(p, self._adamw().step(state, layout.vectors(g), layout.vectors(y), k, layout))
+    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
+        with active_rows(move.active, [state["H"], state["roots"]]):
+            accumulate(state["H"], g, layout, self.beta)
+            if (k - 1) % self.refresh_every == 0:
+                corrected = state["H"] / (1 - self.beta ** (state["H_steps"] + k)).to(y.dtype)
+                for pair, roots in zip(factors(corrected, layout), factors(state["roots"], layout), strict=True):
+                    for a, root in zip(pair, roots, strict=True):
+                        root.copy_(inverse_root(a, self.root, self.eps))
+        for slab, (left, right) in zip(layout.slabs, factors(state["roots"], layout), strict=True):
+            at = slice(slab.start, slab.stop)
+            p = (left @ slab.view(g) @ right.mT).flatten(1)
+            step_along(p, y[:, at], move.on(at), weight_decay=self.weight_decay, factor=self.lr_multiplier)
+        self._adamw().step_runs(state, g, y, layout.vector_runs, move)

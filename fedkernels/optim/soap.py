@@ -9,10 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..contract import Move
+from ..kernels.fused_adamw import fused_adamw
 from ..layout import Layout, Route
-from .adamw import adam_step
 from .kronecker import NULL_SHARE, accumulate, eigenbasis, factor_size, factors, multiply
 from .muon import require_matrices
+from .steps import active_rows, step_along
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +63,38 @@ class Soap:
         state |= {name: y.new_zeros(len(y), size) for name in ("H", "Q")}  # L and R, Q_L and Q_R
         return {**state, "skipped": torch.zeros(len(y), 1, dtype=torch.float64, device=y.device)}
 
-    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout) -> Tensor:
-        start = state["H"].clone() if k == 1 else None
-        accumulate(state["H"], g, layout, self.shampoo_beta)
-        if start is not None:
-            fresh = ~start.any(1, keepdim=True)
-            state["skipped"].copy_(fresh)
-            self._set_basis(state, torch.where(fresh, state["H"], start), layout)
-        moving: Tensor | float = (1 - state["skipped"]).to(y.dtype) if k == 1 else 1.0
-        # Times zero rather than replaced by it: a gradient of NaN stays one.
-        g = multiply(g, state["Q"], layout, transpose=True).mul_(moving)
-        steps = (k - state["skipped"]).clamp_(min=1)
-        p = adam_step(state["m"], state["v"], g, beta1=self.beta1, beta2=self.beta2, eps=self.eps, k=steps)
-        p = multiply(p, state["Q"], layout).add_(moving * y, alpha=self.weight_decay)
-        if k % self.refresh_every == 0:
-            self._refresh(state, layout)
+    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
+        with active_rows(move.active, state.values()):
+            start = state["H"].clone() if k == 1 else None
+            accumulate(state["H"], g, layout, self.shampoo_beta)
+            if start is not None:
+                fresh = ~start.any(1, keepdim=True)
+                state["skipped"].copy_(fresh)
+                self._set_basis(state, torch.where(fresh, state["H"], start), layout)
+            moving: Tensor | float = (1 - state["skipped"]).to(y.dtype) if k == 1 else 1.0
+            # Times zero rather than replaced by it: a gradient of NaN stays one.
+            turned = multiply(g, state["Q"], layout, transpose=True).mul_(moving)
+            p = multiply(self._adam(state, turned, k), state["Q"], layout).add_(moving * y, alpha=self.weight_decay)
+            if k % self.refresh_every == 0:
+                self._refresh(state, layout)
+        step_along(p, y, move)
+
+    def _adam(self, state: dict[str, Tensor], g: Tensor, k: int) -> Tensor:
+        """Adam's direction, which is the step from zero at η = −1."""
+        p = torch.zeros_like(g)
+        fused_adamw(
+            p,
+            state["m"],
+            state["v"],
+            g,
+            lr=-p.new_ones(()),
+            step=(k - state["skipped"]).clamp_(min=1),
+            v_steps=p.new_zeros(()),
+            beta1=self.beta1,
+            beta2=self.beta2,
+            eps=self.eps,
+            weight_decay=0.0,
+        )
         return p
 
     def _set_basis(self, state: dict[str, Tensor], start: Tensor, layout: Layout) -> None:

@@ -9,7 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..contract import Move
 from ..layout import Layout, Route
+from .steps import active_rows, step_along
 
 FLOOR = 1e-15  # of the denominator
 
@@ -54,7 +56,8 @@ class Sophia:
     def observe(self, state: dict[str, Tensor], g_hat: Tensor, labels: Tensor) -> None:
         state["h"].lerp_(labels * g_hat.square(), 1 - self.beta2)
 
-    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout) -> Tensor:
-        m = state["m"].lerp_(g, 1 - self.beta1)
-        p = m / (self.rho * state["h"]).clamp_(min=FLOOR)
-        return p.clamp_(-1, 1).add_(y, alpha=self.weight_decay)
+    def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
+        with active_rows(move.active, [state["m"]]):
+            m = state["m"].lerp_(g, 1 - self.beta1)
+            p = m / (self.rho * state["h"]).clamp_(min=FLOOR)
+        step_along(p.clamp_(-1, 1), y, move, weight_decay=self.weight_decay)

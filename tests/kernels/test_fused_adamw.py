@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_rows import BACKENDS, CLIENTS, COMPILED, DEVICE, SIZES, WIDE, assert_near, poison, row, rows, scalar
+from kernel_rows import BACKENDS, CLIENTS, COMPILED, DEVICE, SIZES, WIDE, apart, assert_near, poison, row, rows, scalar
 from torch import Tensor
 
+from fedkernels.contract import Move
 from fedkernels.kernels.fused_adamw import fused_adamw
 from fedkernels.layout import Layout
 from fedkernels.optim import AdamW
@@ -186,7 +187,7 @@ def test_equals_the_local_optimizer(backend: str) -> None:
     m = torch.zeros_like(y)
     for k in range(1, 5):
         g = rows(3, 300, 10 + k, dtype=torch.float64)
-        theirs -= 0.03 * optimizer.step(own, g, theirs, k, layout)
+        optimizer.step(own, g, theirs, k, layout, Move(scalar(0.03, torch.float64)))
         fused_adamw(
             y, m, v, g, lr=scalar(0.03, torch.float64), step=scalar(k), v_steps=own["v_steps"], **CONSTANTS,
             backend=backend,
@@ -214,7 +215,7 @@ def test_threads(threads: int) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("g", torch.zeros(5, 2).T, r"g is not contiguous: strides \[1, 2\] of shape \[2, 5\]"),
+        ("g", torch.zeros(5, 2).T, r"g has rows that are not contiguous: strides \[1, 2\] of shape \[2, 5\]"),
         ("g", torch.zeros(2, 4), r"g has shape \[2, 4\], expected \[2, 5\]"),
         ("g", torch.zeros(2, 5, dtype=torch.float16), "g is float16, expected float32 or bfloat16"),
         ("m", torch.zeros(2, 5, dtype=torch.float64), "m is float64, expected float32"),
@@ -262,3 +263,31 @@ def test_compiles_into_one_graph_that_follows_its_scalars(backend: str) -> None:
         torch.testing.assert_close(found, true, rtol=1e-6, atol=1e-6)
         for a, b in zip(fast, plain, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("d", [257, 4096])
+def test_rows_may_lie_apart(backend: str, d: int) -> None:
+    """Bit for bit the step of rows side by side, each tensor with a stride of its own; what lies between stays."""
+    given = {"lr": scalar(0.03), "step": scalar(2), "v_steps": scalar(3), **CONSTANTS, "backend": backend}
+    expected, rest = state(3, d), options(3, d)
+    views, wholes = zip(*(apart(tensor, 3 * i, 5 - i) for i, tensor in enumerate(expected)), strict=True)
+    source, delta = apart(rest["source"], 1, 2)[0], apart(rest["delta"], 4, 4)[0]
+    fused_adamw(*expected, **given, **rest)
+    fused_adamw(*views, **given, **rest | {"source": source, "delta": delta})
+    for view, whole, tensor in zip((*views, delta), (*wholes, delta), (*expected, rest["delta"]), strict=True):
+        assert torch.equal(view, tensor)
+        if whole is not view:
+            assert int(whole.isnan().sum()) == whole.numel() - view.numel()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_are_read_may_be_the_same(backend: str) -> None:
+    given = {"lr": scalar(0.03), "step": scalar(1), "v_steps": scalar(0), **CONSTANTS, "backend": backend}
+    expected, found, start = state(3, 300), state(3, 300), row(300, 9)
+    fused_adamw(*expected, **given, source=start.repeat(3, 1))
+    fused_adamw(*found, **given, source=start.expand(3, -1))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    y, m, v, g = state(3, 300)
+    with pytest.raises(ValueError, match=r"m has rows that overlap: strides \[0, 1\] of shape \[3, 300\]"):
+        fused_adamw(y, m[:1].expand(3, -1), v, g, **given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_rows import BACKENDS, CLIENTS, COMPILED, DEVICE, SIZES, WIDE, assert_near, poison, row, rows, scalar
+from kernel_rows import BACKENDS, CLIENTS, COMPILED, DEVICE, SIZES, WIDE, apart, assert_near, poison, row, rows, scalar
 from torch import Tensor, nn
 
 from fedkernels.kernels.fused_adamw import fused_adamw
@@ -198,7 +198,9 @@ def test_refuses(backend: str) -> None:
         fused_sam(y, g, rho=RHO, out=g.clone(), saved=g.clone(), backend=backend)
     with pytest.raises(ValueError, match="neither of out and saved given, expected exactly one of them"):
         fused_sam(y, g, rho=RHO, backend=backend)
-    with pytest.raises(ValueError, match=r"direction is not contiguous: strides \[1, 2\] of shape \[2, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"direction has rows that are not contiguous: strides \[1, 2\] of shape \[2, 5\]"
+    ):
         fused_sam(y, g.T.contiguous().T, rho=RHO, out=g.clone(), backend=backend)
     with pytest.raises(ValueError, match=r"out has shape \[1, 5\], expected \[2, 5\]"):
         fused_sam(y, g, rho=RHO, out=g[:1].clone(), backend=backend)
@@ -233,3 +235,17 @@ def test_compiles_into_one_graph(backend: str) -> None:
     norm = torch.compile(step, fullgraph=True)(y, found)
     torch.testing.assert_close(norm, step(y, expected), rtol=1e-6, atol=0)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("d", [257, 8192])
+def test_rows_may_lie_apart(backend: str, d: int) -> None:
+    """Bit for bit what rows side by side give, each tensor with a stride of its own; what lies between stays."""
+    y, g, saved = rows(3, d, 0), rows(3, d, 1), poison(3, d)
+    (w, whole), (direction, _), (kept, _) = apart(y, 2, 3), apart(g, 1, 6), apart(saved, 5, 4)
+    assert torch.equal(row_norm(direction, backend=backend), row_norm(g, backend=backend))
+    fused_sam(y, g, rho=RHO, saved=saved, backend=backend)
+    fused_sam(w, direction, rho=RHO, saved=kept, backend=backend)
+    assert torch.equal(w, y)
+    assert torch.equal(kept, saved)
+    assert int(whole.isnan().sum()) == whole.numel() - w.numel()

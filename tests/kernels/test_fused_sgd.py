@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_rows import BACKENDS, CLIENTS, COMPILED, DEVICE, SIZES, WIDE, assert_near, poison, row, rows, scalar
+from kernel_rows import BACKENDS, CLIENTS, COMPILED, DEVICE, SIZES, WIDE, apart, assert_near, poison, row, rows, scalar
 from torch import Tensor
 
+from fedkernels.contract import Move
 from fedkernels.kernels.fused_sgd import fused_sgd
 from fedkernels.layout import Layout
 from fedkernels.optim import Sgd
@@ -113,7 +114,7 @@ def test_equals_the_local_optimizer(backend: str, momentum: float, weight_decay:
     m = torch.zeros_like(y) if momentum else None
     for k in range(1, 5):
         g = rows(3, 300, 10 + k, dtype=torch.float64)
-        theirs -= 0.03 * optimizer.step(own, g.clone(), theirs, k, layout)
+        optimizer.step(own, g, theirs, k, layout, Move(scalar(0.03, torch.float64)))
         fused_sgd(y, m, g, lr=scalar(0.03, torch.float64), **constants, backend=backend)
     torch.testing.assert_close(y, theirs, rtol=1e-13, atol=1e-13)
 
@@ -127,7 +128,7 @@ def test_momentum_without_its_state() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_refuses_what_is_not_contiguous(backend: str) -> None:
     y, m, g = state(2, 5)
-    with pytest.raises(ValueError, match=r"m is not contiguous: strides \[10, 2\] of shape \[2, 5\]"):
+    with pytest.raises(ValueError, match=r"m has rows that are not contiguous: strides \[10, 2\] of shape \[2, 5\]"):
         fused_sgd(y, torch.zeros(2, 10, device=DEVICE)[:, ::2], g, lr=scalar(0.1), backend=backend)
     assert torch.equal(m, state(2, 5)[1])
 
@@ -143,3 +144,18 @@ def test_opcheck(backend: str, with_options: bool) -> None:
         import fedkernels.kernels.fused_sgd.triton  # noqa: F401  defines the operator
     arguments = (y, m, g, scalar(0.1), *rest.values())
     torch.library.opcheck(getattr(torch.ops.fedkernels, f"fused_sgd_{backend}").default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("d", [257, 4096])
+def test_rows_may_lie_apart(backend: str, d: int) -> None:
+    """Bit for bit the step of rows side by side, each tensor with a stride of its own; what lies between stays."""
+    expected, rest = state(3, d), options(3, d)
+    views, wholes = zip(*(apart(tensor, 3 * i, 5 - i) for i, tensor in enumerate(expected)), strict=True)
+    source, delta = apart(rest["source"], 1, 2)[0], apart(rest["delta"], 4, 4)[0]
+    fused_sgd(*expected, lr=scalar(0.03), **rest, backend=backend)
+    fused_sgd(*views, lr=scalar(0.03), **rest | {"source": source, "delta": delta}, backend=backend)
+    assert torch.equal(delta, rest["delta"])
+    for view, whole, tensor in zip(views, wholes, expected, strict=True):
+        assert torch.equal(view, tensor)
+        assert int(whole.isnan().sum()) == whole.numel() - view.numel()

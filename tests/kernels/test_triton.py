@@ -78,12 +78,14 @@ def compiled(
     if one_client and "clients" in kernel.arg_names:
         constants["clients"] = 1
     kinds = {"active_ptr": "*i1", "partial_ptr": "*fp64", "g_ptr": f"*{g}", "direction_ptr": f"*{g}"}
-    kinds |= {"step_ptr": "*i64", "v_steps_ptr": "*fp64", "clients": "i32", "d": "i32", "parts": "i32"}
+    lengths = ["d", *(name for name in kernel.arg_names if name.endswith("_stride"))]
+    kinds |= {"step_ptr": "*i64", "v_steps_ptr": "*fp64", "clients": "i32", "parts": "i32"}
+    kinds |= dict.fromkeys(lengths, "i32")
     signature = {
         name: "constexpr" if name in constants else kinds.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
         for name in kernel.arg_names
     }
-    divisible = [name for name, kind in signature.items() if kind.startswith("*") or (name == "d" and aligned)]
+    divisible = [name for name, kind in signature.items() if kind.startswith("*") or (name in lengths and aligned)]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

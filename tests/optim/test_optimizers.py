@@ -10,7 +10,8 @@ import torch
 from support import tiny_model, tiny_roles
 from torch import Tensor, nn
 
-from fedkernels.contract import LocalOptimizer
+from fedkernels.algorithms.fedlada import AmsGrad
+from fedkernels.contract import LocalOptimizer, Move
 from fedkernels.layout import Layout, Role
 from fedkernels.optim import OPTIMIZERS, AdamW, Muon, Sgd, Shampoo, Soap, Sophia
 
@@ -34,11 +35,25 @@ def stepped(optimizer: LocalOptimizer, lay: Layout, g: Tensor) -> Tensor:
     assert all(value.shape[0] == CLIENTS for value in state.values())
     assert set(optimizer.shared) <= set(state)
     for k, gradient in enumerate(g, start=1):
-        kept = y.clone()
-        p = optimizer.step(state, gradient.clone(), y, k, lay)
-        assert torch.equal(y, kept), "y was written to"
-        y = y - LR * p
+        kept = gradient.clone()
+        optimizer.step(state, gradient, y, k, lay, move(LR))
+        assert torch.equal(gradient, kept), "g was written to"
     return y
+
+
+def move(lr: float, dtype: torch.dtype = torch.float64, **rest: Any) -> Move:
+    return Move(torch.tensor(lr, dtype=dtype), **rest)
+
+
+def direction(optimizer: LocalOptimizer, lay: Layout, g: Tensor) -> Tensor:
+    """P of a first step from zero."""
+    y = torch.zeros_like(g)
+    optimizer.step(optimizer.init(y, lay), g, y, 1, lay, move(-1.0))
+    return y
+
+
+def normal(d: int) -> Tensor:
+    return torch.randn(d, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
 def start(lay: Layout) -> Tensor:
@@ -65,24 +80,48 @@ def test_the_table_names_every_optimizer() -> None:
     assert named == OPTIMIZERS
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        *(Sgd(), Sgd(weight_decay=0.1), Sgd(momentum=0.9), AdamW(), AdamW(beta1=0.0, beta2=0.0)),
-        *(Muon(), Muon(momentum=0.0), Soap(), Soap(refresh_every=2), Sophia(), Shampoo(refresh_every=2)),
-    ],
-    ids=repr,
-)
-def test_a_direction_may_be_overwritten(optimizer: LocalOptimizer) -> None:
-    lay = layout()
-    y = start(lay)
-    kept, spoilt = optimizer.init(y, lay), optimizer.init(y, lay)
-    for k, gradient in enumerate(gradients(lay.d), start=1):
-        expected = optimizer.step(kept, gradient.clone(), y.clone(), k, lay)
-        found = optimizer.step(spoilt, gradient.clone(), y, k, lay)
-        assert torch.equal(found, expected)
-        found.fill_(torch.nan)
-        assert torch.equal(y, start(lay))
+EVERY = [
+    *(Sgd(), Sgd(weight_decay=0.1), Sgd(momentum=0.9), AdamW(), AdamW(beta1=0.0, beta2=0.0)),
+    *(Muon(), Muon(momentum=0.0, lr_multiplier=3.0), Soap(), Soap(refresh_every=2), Sophia(), Shampoo(refresh_every=2)),
+    AmsGrad(beta1=0.9, beta2=0.9),
+]
+
+
+@pytest.mark.parametrize("n_blocks", [1, 3])
+@pytest.mark.parametrize("optimizer", EVERY, ids=repr)
+def test_inactive_rows_keep_every_bit_whatever_their_gradient(optimizer: LocalOptimizer, n_blocks: int) -> None:
+    """And the others step as ever."""
+    module = tiny_model()
+    lay = Layout.of(module, tiny_roles(module), blocks=n_blocks)
+    y, others = start(lay), start(lay)[[0, 2]]
+    state, expected = optimizer.init(y, lay), optimizer.init(others, lay)
+    G, active = normal(lay.d), torch.tensor([True, False, True])
+    for k, g in enumerate(gradients(lay.d), start=1):
+        now = None if k < 3 else active
+        if k == 3:
+            kept = y[1].clone(), {name: value[1].clone() for name, value in state.items() if name != "m_steps"}
+        g[1] = g[1] if k < 3 else torch.nan
+        optimizer.step(state, g, y, k, lay, move(LR, share=0.7, alpha=0.3, G=G, active=now))
+        optimizer.step(expected, g[[0, 2]], others, k, lay, move(LR, share=0.7, alpha=0.3, G=G))
+    assert torch.equal(y[1], kept[0])
+    assert all(torch.equal(state[name][1], value) for name, value in kept[1].items())
+    torch.testing.assert_close(y[[0, 2]], others, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("n_blocks", [1, 3])
+@pytest.mark.parametrize("optimizer", EVERY, ids=repr)
+def test_a_share_of_the_direction_and_the_global_direction(optimizer: LocalOptimizer, n_blocks: int) -> None:
+    """`y − η(sP + αG)`, P being the difference that a step makes without them."""
+    module = tiny_model()
+    lay = Layout.of(module, tiny_roles(module), blocks=n_blocks)
+    y, G = start(lay), normal(lay.d)
+    plain, mixed = optimizer.init(y, lay), optimizer.init(y, lay)
+    for k, g in enumerate(gradients(lay.d), start=1):
+        alone = y.clone()
+        optimizer.step(plain, g, alone, k, lay, move(1.0))
+        expected = y - LR * (0.7 * (y - alone) + 0.3 * G)
+        optimizer.step(mixed, g, y, k, lay, move(LR, share=0.7, alpha=0.3, G=G))
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -117,7 +156,8 @@ def test_adamw_counts_the_steps_of_each_moment(seen: int, dtype: torch.dtype) ->
     state["v"].copy_(g.double().square() * (1 - 0.999**seen))
     state["v_steps"].fill_(seen)
     for k in range(1, 4):
-        p = optimizer.step(state, g.clone(), torch.zeros_like(g), k, lay)
+        p = torch.zeros_like(g)
+        optimizer.step(state, g, p, k, lay, move(-1.0, dtype))
         tolerance = 1e-12 if dtype == torch.float64 else 2e-5
         torch.testing.assert_close(p, g / (g.abs() + 1e-8), rtol=tolerance, atol=tolerance)
 
@@ -149,11 +189,8 @@ def test_muon(options: dict[str, Any], n_blocks: int, monkeypatch: pytest.Monkey
 def test_muon_multiplier_scales_the_matrices_alone() -> None:
     """At a large gradient, `P - λy` of matrices is 4 times as long, of the rest the same."""
     lay = layout()
-    y, g = start(lay), gradients(lay.d)[0]
-    directions = []
-    for multiplier in (1.0, 4.0):
-        muon = Muon(lr_multiplier=multiplier, weight_decay=0.0)
-        directions.append(muon.step(muon.init(y, lay), g.clone(), y, 1, lay))
+    g = gradients(lay.d)[0]
+    directions = [direction(Muon(lr_multiplier=multiplier, weight_decay=0.0), lay, g) for multiplier in (1.0, 4.0)]
     torch.testing.assert_close(lay.matrices(directions[1]), 4 * lay.matrices(directions[0]), rtol=1e-14, atol=0)
     assert torch.equal(lay.vectors(directions[1]), lay.vectors(directions[0]))
 
@@ -162,10 +199,9 @@ def test_muon_of_a_conv1d_weight_is_that_of_its_transpose() -> None:
     """`(in, out)` storage gives the transposed direction, √(out/in) included."""
     plain = Layout({"w": (9, 4)}, {"w": Role("matrix", 0)})
     turned = Layout({"w": (4, 9)}, {"w": Role("matrix", 1)})
-    y, g = torch.zeros(1, 36, dtype=torch.float64), gradients(36)[0, :1]
-    muon = Muon()
-    expected = muon.step(muon.init(y, plain), g.clone(), y, 1, plain).view(9, 4)
-    found = muon.step(muon.init(y, turned), g.view(9, 4).T.reshape(1, 36).clone(), y, 1, turned).view(4, 9)
+    g = gradients(36)[0, :1]
+    expected = direction(Muon(), plain, g).view(9, 4)
+    found = direction(Muon(), turned, g.view(9, 4).T.reshape(1, 36)).view(4, 9)
     torch.testing.assert_close(found.T, expected, rtol=1e-13, atol=1e-13)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import MISSING, ON_ROWS, choose, require, require_scalars
+from ..dispatch import MISSING, ON_ROWS, choose, require_rows, require_scalars
 from ..steps import check_step
 from .reference import fused_adamw_reference
 
@@ -40,7 +40,8 @@ def fused_adamw(
 
     `m ← β₁m + (1−β₁)cg`, `v ← β₂v + (1−β₂)(cg)²`, `y ← y − η(s(m̂/(√v̂ + ε) + λy) + αG)` with `m̂ = m/(1−β₁^k)` and
     `v̂ = v/(1−β₂^(k₀+k))`: 28 bytes per float32 parameter, and 4/C for G. What changes from step to step is a tensor on
-    the device, of any dtype, so that a captured graph replays with its current value.
+    the device, of any dtype, so that a captured graph replays with its current value. Rows `[C, d]` are contiguous, and
+    may lie apart: `y[:, a:b]` is one of them.
 
     Args:
         y: parameters `[C, d]`, float32; float64 without Triton.
@@ -66,7 +67,8 @@ def fused_adamw(
         backend: `reference`, `cpp` or `triton`; by default the fastest that can run.
 
     Raises:
-        ValueError: a tensor is on another device, of another shape or dtype than above, or not contiguous.
+        ValueError: a tensor is on another device, of another shape or dtype than above, or has rows that are not
+            contiguous, or that overlap and are written to.
         BackendError: the backend asked for cannot run here.
 
     Example:
@@ -81,8 +83,8 @@ def fused_adamw(
     """
     check_step(y, g, lr, G, scale, active, source, x, delta)
     clients, d = y.shape
-    require("m", m, y, (clients, d), y.dtype)
-    require("v", v, y, (clients, d), y.dtype)
+    require_rows("m", m, y, (clients, d), y.dtype, written=True)
+    require_rows("v", v, y, (clients, d), y.dtype, written=True)
     require_scalars("step", step, y, clients)
     require_scalars("v_steps", v_steps, y, clients)
     chosen = choose("fused_adamw", ON_ROWS, y.device.type, y.dtype, (clients, d), backend).backend

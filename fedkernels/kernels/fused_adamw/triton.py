@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import OPTIONS, TILE, grid, is_active, moved, per_client, place, scalar, store_parameters
+from ..tiles import OPTIONS, TILE, grid, is_active, moved, per_client, place, row, scalar, store_parameters, stride
 
 
 @triton.jit
@@ -25,31 +25,35 @@ def bias_correction(steps, log_beta):
 @triton.jit
 def adamw_tile(
     y_ptr, m_ptr, v_ptr, g_ptr, G_ptr, source_ptr, x_ptr, delta_ptr,
-    at, cols, inside, active, scale, lr, correction1, correction2,
+    cols, inside, active, scale, lr, correction1, correction2,
     beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, share, alpha,
 ):  # fmt: skip
-    y = tl.load(source_ptr + at, inside)
+    y = tl.load(source_ptr + cols, inside)
     if active:
-        g = tl.load(g_ptr + at, inside).to(tl.float32) * scale
-        m, v = tl.load(m_ptr + at, inside), tl.load(v_ptr + at, inside)
+        g = tl.load(g_ptr + cols, inside).to(tl.float32) * scale
+        m, v = tl.load(m_ptr + cols, inside), tl.load(v_ptr + cols, inside)
         m = beta1 * m + one_minus_beta1 * g
         v = beta2 * v + one_minus_beta2 * (g * g)
-        tl.store(m_ptr + at, m, inside)
-        tl.store(v_ptr + at, v, inside)
+        tl.store(m_ptr + cols, m, inside)
+        tl.store(v_ptr + cols, v, inside)
         p = m / correction1 / (tl.sqrt(v / correction2) + eps) + weight_decay * y
         y = moved(y, p, G_ptr, cols, inside, lr, share, alpha)
-    store_parameters(y, y_ptr, x_ptr, delta_ptr, at, cols, inside)
+    store_parameters(y, y_ptr, x_ptr, delta_ptr, cols, inside)
 
 
 @triton.jit
 def adamw_kernel(
     y_ptr, m_ptr, v_ptr, g_ptr, lr_ptr, step_ptr, v_steps_ptr,
     G_ptr, scale_ptr, active_ptr, source_ptr, x_ptr, delta_ptr,
-    clients, d, beta1, one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps, weight_decay, share, alpha,
+    clients, d, y_stride, m_stride, v_stride, g_stride, source_stride, delta_stride,
+    beta1, one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps, weight_decay, share, alpha,
     LR_PER_CLIENT: tl.constexpr, STEP_PER_CLIENT: tl.constexpr, V_STEPS_PER_CLIENT: tl.constexpr,
     SCALE_PER_CLIENT: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    client, row, cols, end = place(clients, d, SIZE)
+    client, cols, end = place(clients, SIZE)
+    y_ptr, m_ptr, v_ptr = row(y_ptr, client, y_stride), row(m_ptr, client, m_stride), row(v_ptr, client, v_stride)
+    g_ptr, source_ptr = row(g_ptr, client, g_stride), row(source_ptr, client, source_stride)
+    delta_ptr = row(delta_ptr, client, delta_stride)
     lr = scalar(lr_ptr, client, LR_PER_CLIENT)
     k = scalar(step_ptr, client, STEP_PER_CLIENT)
     correction1 = bias_correction(k, log_beta1)
@@ -61,13 +65,13 @@ def adamw_kernel(
     if end <= d:
         adamw_tile(
             y_ptr, m_ptr, v_ptr, g_ptr, G_ptr, source_ptr, x_ptr, delta_ptr,
-            row + cols, cols, None, active, scale, lr, correction1, correction2,
+            cols, None, active, scale, lr, correction1, correction2,
             beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, share, alpha,
         )  # fmt: skip
     else:
         adamw_tile(
             y_ptr, m_ptr, v_ptr, g_ptr, G_ptr, source_ptr, x_ptr, delta_ptr,
-            row + cols, cols, cols < d, active, scale, lr, correction1, correction2,
+            cols, cols < d, active, scale, lr, correction1, correction2,
             beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, share, alpha,
         )  # fmt: skip
 
@@ -100,9 +104,11 @@ def fused_adamw_triton(
     delta: Tensor | None,
 ) -> None:
     clients, d = y.shape
+    start = y if source is None else source
     adamw_kernel[grid(y)](
-        y, m, v, g, lr, step, v_steps, G, scale, active, y if source is None else source, x, delta,
-        clients, d, beta1, 1 - beta1, log_of(beta1), beta2, 1 - beta2, log_of(beta2), eps, weight_decay, share, alpha,
+        y, m, v, g, lr, step, v_steps, G, scale, active, start, x, delta,
+        clients, d, stride(y), stride(m), stride(v), stride(g), stride(start), stride(delta),
+        beta1, 1 - beta1, log_of(beta1), beta2, 1 - beta2, log_of(beta2), eps, weight_decay, share, alpha,
         per_client(lr), per_client(step), per_client(v_steps), per_client(scale), TILE, **OPTIONS,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import MISSING, ON_ROWS, choose, require, require_scalars
+from ..dispatch import MISSING, ON_ROWS, choose, require, require_rows, require_scalars
 from .reference import fused_sam_reference, row_norm_reference
 
 if MISSING["cpp"] is None:
@@ -35,7 +35,7 @@ def row_norm(g: Tensor, *, backend: str | None = None) -> Tensor:
         backend: `reference`, `cpp` or `triton`; by default the fastest that can run.
 
     Raises:
-        ValueError: `g` has another shape or dtype, or is not contiguous.
+        ValueError: `g` has another shape or dtype, or rows that are not contiguous.
         BackendError: the backend asked for cannot run here.
 
     Example:
@@ -44,7 +44,11 @@ def row_norm(g: Tensor, *, backend: str | None = None) -> Tensor:
     """
     if g.dim() not in (1, 2):
         raise ValueError(f"g has shape {list(g.shape)}, expected [C, d] or [d]")
-    require("g", g, g, tuple(g.shape), torch.float32, torch.bfloat16, torch.float64)
+    known = (torch.float32, torch.bfloat16, torch.float64)
+    if g.dim() == 1:
+        require("g", g, g, tuple(g.shape), *known)
+    else:
+        require_rows("g", g, g, (g.shape[0], g.shape[1]), *known)
     dtype = torch.float32 if g.dtype == torch.bfloat16 else g.dtype
     chosen = choose("row_norm", ON_ROWS, g.device.type, dtype, tuple(g.shape), backend).backend
     if chosen == "triton":
@@ -82,7 +86,8 @@ def fused_sam(
 
     Raises:
         ValueError: not exactly one of `rho` and `coefficient`, or of `out` and `saved`; or a tensor is on another
-            device, of another shape or dtype than above, or not contiguous.
+            device, of another shape or dtype than above, or has rows that are not contiguous, or that overlap and are
+            written to.
         BackendError: the backend asked for cannot run here.
 
     Example:
@@ -101,10 +106,13 @@ def fused_sam(
     if y.dim() != 2:
         raise ValueError(f"y has shape {list(y.shape)}, expected [C, d]")
     clients, d = y.shape
-    require("y", y, y, (clients, d))
-    require("direction", direction, y, (d,) if direction.dim() == 1 else (clients, d), y.dtype, torch.bfloat16)
-    require("out", out, y, (clients, d), y.dtype)
-    require("saved", saved, y, (clients, d), y.dtype)
+    require_rows("y", y, y, (clients, d), written=out is None)
+    if direction.dim() == 1:
+        require("direction", direction, y, (d,), y.dtype, torch.bfloat16)
+    else:
+        require_rows("direction", direction, y, (clients, d), y.dtype, torch.bfloat16)
+    require_rows("out", out, y, (clients, d), y.dtype, written=True)
+    require_rows("saved", saved, y, (clients, d), y.dtype, written=True)
     require_scalars("coefficient", coefficient, y, clients)
     chosen = choose("fused_sam", ON_ROWS, y.device.type, y.dtype, (clients, d), backend).backend
     w, source = (y, None) if out is None else (out, y)

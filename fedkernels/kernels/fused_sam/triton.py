@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import OPTIONS, grid, per_client, place, scalar
+from ..tiles import OPTIONS, grid, per_client, place, row, scalar, stride
 
 # A row is summed in this many parts, or one per tile where it is shorter: a number that depends on d alone, so that the
 # order of additions, and with it every bit, is the same for any number of clients. Few enough for every program of the
@@ -19,14 +19,14 @@ SAM_TILE = 2048
 
 
 @triton.jit
-def partial_kernel(g_ptr, partial_ptr, d, parts, SIZE: tl.constexpr):
+def partial_kernel(g_ptr, partial_ptr, d, g_stride, parts, SIZE: tl.constexpr):
     """Sum of squares, in float64, of every `parts`-th tile of a row."""
     pid = tl.program_id(0)
-    row = (pid // parts).to(tl.int64) * d
+    g_ptr = row(g_ptr, pid // parts, g_stride)
     cols = (pid % parts).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     total = tl.zeros((SIZE,), tl.float64)
     for _ in range(pid % parts, tl.cdiv(d, SIZE), parts):
-        g = tl.load(g_ptr + row + cols, cols < d, other=0.0).to(tl.float64)
+        g = tl.load(g_ptr + cols, cols < d, other=0.0).to(tl.float64)
         total += g * g
         cols += parts * SIZE
     tl.store(partial_ptr + pid, tl.sum(total, 0))
@@ -45,29 +45,31 @@ def norm_kernel(partial_ptr, norm_ptr, parts, PARTS: tl.constexpr):
 
 
 @triton.jit
-def sam_tile(w_ptr, direction_ptr, source_ptr, saved_ptr, at, along, inside, coefficient):
-    y = tl.load(source_ptr + at, inside)
+def sam_tile(w_ptr, direction_ptr, source_ptr, saved_ptr, cols, inside, coefficient):
+    y = tl.load(source_ptr + cols, inside)
     if saved_ptr is not None:
-        tl.store(saved_ptr + at, y, inside)
-    tl.store(w_ptr + at, y + coefficient * tl.load(direction_ptr + along, inside).to(tl.float32), inside)
+        tl.store(saved_ptr + cols, y, inside)
+    tl.store(w_ptr + cols, y + coefficient * tl.load(direction_ptr + cols, inside).to(tl.float32), inside)
 
 
 @triton.jit
 def sam_kernel(
-    w_ptr, direction_ptr, source_ptr, saved_ptr, coefficient_ptr, partial_ptr, clients, d, parts, rho, eps,
+    w_ptr, direction_ptr, source_ptr, saved_ptr, coefficient_ptr, partial_ptr,
+    clients, d, w_stride, direction_stride, source_stride, saved_stride, parts, rho, eps,
     ONE_ROW: tl.constexpr, PER_CLIENT: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    client, row, cols, end = place(clients, d, SIZE)
+    client, cols, end = place(clients, SIZE)
+    w_ptr, direction_ptr = row(w_ptr, client, w_stride), row(direction_ptr, client, direction_stride)
+    source_ptr, saved_ptr = row(source_ptr, client, source_stride), row(saved_ptr, client, saved_stride)
     if partial_ptr is not None:
         norm = norm_of(partial_ptr, 0 if ONE_ROW else client, parts, PARTS).to(tl.float32)
         coefficient = rho / (norm + eps)
     else:
         coefficient = scalar(coefficient_ptr, client, PER_CLIENT)
-    along = cols if ONE_ROW else row + cols
     if end <= d:
-        sam_tile(w_ptr, direction_ptr, source_ptr, saved_ptr, row + cols, along, None, coefficient)
+        sam_tile(w_ptr, direction_ptr, source_ptr, saved_ptr, cols, None, coefficient)
     else:
-        sam_tile(w_ptr, direction_ptr, source_ptr, saved_ptr, row + cols, along, cols < d, coefficient)
+        sam_tile(w_ptr, direction_ptr, source_ptr, saved_ptr, cols, cols < d, coefficient)
 
 
 def partial_sums(g: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ def partial_sums(g: Tensor) -> Tensor:
     rows, d = (1, *g.shape)[-2:]
     parts = min(PARTS, triton.cdiv(d, NORM_TILE))
     partial = torch.empty(rows, parts, dtype=torch.float64, device=g.device)
-    partial_kernel[(parts * rows,)](g, partial, d, parts, NORM_TILE, **NORM_OPTIONS)
+    partial_kernel[(parts * rows,)](g, partial, d, stride(g), parts, NORM_TILE, **NORM_OPTIONS)
     return partial
 
 
@@ -104,9 +106,11 @@ def fused_sam_triton(
 ) -> None:
     partial = partial_sums(direction) if coefficient is None else None
     clients, d = w.shape
+    start = w if source is None else source
     sam_kernel[grid(w, SAM_TILE)](
-        w, direction, w if source is None else source, saved, coefficient, partial,
-        clients, d, 0 if partial is None else partial.shape[1], rho, eps,
+        w, direction, start, saved, coefficient, partial,
+        clients, d, stride(w), stride(direction), stride(start), stride(saved),
+        0 if partial is None else partial.shape[1], rho, eps,
         direction.dim() == 1, per_client(coefficient), PARTS, SAM_TILE, **OPTIONS,
     )  # fmt: skip
 

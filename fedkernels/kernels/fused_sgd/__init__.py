@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import MISSING, ON_ROWS, choose, require
+from ..dispatch import MISSING, ON_ROWS, choose, require_rows
 from ..steps import check_step
 from .reference import fused_sgd_reference
 
@@ -34,7 +34,7 @@ def fused_sgd(
     """One SGD step of `C` clients with a global direction, `y` and `m` in place.
 
     `m ← μm + cg + λy`, `y ← y − η(sm + αG)`, without momentum `y ← y − η(s(cg + λy) + αG)`: 20 and 12 bytes per
-    float32 parameter, and 4/C for G.
+    float32 parameter, and 4/C for G. Rows `[C, d]` are contiguous, and may lie apart: `y[:, a:b]` is one of them.
 
     Args:
         y: parameters `[C, d]`, float32; float64 without Triton.
@@ -55,8 +55,8 @@ def fused_sgd(
         backend: `reference`, `cpp` or `triton`; by default the fastest that can run.
 
     Raises:
-        ValueError: a tensor is on another device, of another shape or dtype than above, or not contiguous; or there is
-            momentum without `m`.
+        ValueError: a tensor is on another device, of another shape or dtype than above, or has rows that are not
+            contiguous, or that overlap and are written to; or there is momentum without `m`.
         BackendError: the backend asked for cannot run here.
 
     Example:
@@ -69,7 +69,7 @@ def fused_sgd(
         raise ValueError(f"m is missing: momentum is {momentum}")
     check_step(y, g, lr, G, scale, active, source, x, delta)
     clients, d = y.shape
-    require("m", m, y, (clients, d), y.dtype)
+    require_rows("m", m, y, (clients, d), y.dtype, written=True)
     chosen = choose("fused_sgd", ON_ROWS, y.device.type, y.dtype, (clients, d), backend).backend
     arguments = (y, m, g, lr, momentum, weight_decay, share, alpha, G, scale, active, source, x, delta)
     if chosen == "triton":

@@ -7,31 +7,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import OPTIONS, TILE, grid, is_active, moved, per_client, place, scalar, store_parameters
+from ..tiles import OPTIONS, TILE, grid, is_active, moved, per_client, place, row, scalar, store_parameters, stride
 
 
 @triton.jit
 def sgd_tile(
     y_ptr, m_ptr, g_ptr, G_ptr, source_ptr, x_ptr, delta_ptr,
-    at, cols, inside, active, scale, lr, momentum, weight_decay, share, alpha,
+    cols, inside, active, scale, lr, momentum, weight_decay, share, alpha,
 ):  # fmt: skip
-    y = tl.load(source_ptr + at, inside)
+    y = tl.load(source_ptr + cols, inside)
     if active:
-        p = tl.load(g_ptr + at, inside).to(tl.float32) * scale + weight_decay * y
+        p = tl.load(g_ptr + cols, inside).to(tl.float32) * scale + weight_decay * y
         if m_ptr is not None:
-            p += momentum * tl.load(m_ptr + at, inside)
-            tl.store(m_ptr + at, p, inside)
+            p += momentum * tl.load(m_ptr + cols, inside)
+            tl.store(m_ptr + cols, p, inside)
         y = moved(y, p, G_ptr, cols, inside, lr, share, alpha)
-    store_parameters(y, y_ptr, x_ptr, delta_ptr, at, cols, inside)
+    store_parameters(y, y_ptr, x_ptr, delta_ptr, cols, inside)
 
 
 @triton.jit
 def sgd_kernel(
     y_ptr, m_ptr, g_ptr, lr_ptr, G_ptr, scale_ptr, active_ptr, source_ptr, x_ptr, delta_ptr,
-    clients, d, momentum, weight_decay, share, alpha,
+    clients, d, y_stride, m_stride, g_stride, source_stride, delta_stride, momentum, weight_decay, share, alpha,
     LR_PER_CLIENT: tl.constexpr, SCALE_PER_CLIENT: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    client, row, cols, end = place(clients, d, SIZE)
+    client, cols, end = place(clients, SIZE)
+    y_ptr, m_ptr, g_ptr = row(y_ptr, client, y_stride), row(m_ptr, client, m_stride), row(g_ptr, client, g_stride)
+    source_ptr, delta_ptr = row(source_ptr, client, source_stride), row(delta_ptr, client, delta_stride)
     lr = scalar(lr_ptr, client, LR_PER_CLIENT)
     scale = 1.0
     if scale_ptr is not None:
@@ -40,12 +42,12 @@ def sgd_kernel(
     if end <= d:
         sgd_tile(
             y_ptr, m_ptr, g_ptr, G_ptr, source_ptr, x_ptr, delta_ptr,
-            row + cols, cols, None, active, scale, lr, momentum, weight_decay, share, alpha,
+            cols, None, active, scale, lr, momentum, weight_decay, share, alpha,
         )  # fmt: skip
     else:
         sgd_tile(
             y_ptr, m_ptr, g_ptr, G_ptr, source_ptr, x_ptr, delta_ptr,
-            row + cols, cols, cols < d, active, scale, lr, momentum, weight_decay, share, alpha,
+            cols, cols < d, active, scale, lr, momentum, weight_decay, share, alpha,
         )  # fmt: skip
 
 
@@ -67,9 +69,11 @@ def fused_sgd_triton(
     delta: Tensor | None,
 ) -> None:
     clients, d = y.shape
+    start = y if source is None else source
     sgd_kernel[grid(y)](
-        y, m, g, lr, G, scale, active, y if source is None else source, x, delta,
-        clients, d, momentum, weight_decay, share, alpha, per_client(lr), per_client(scale), TILE, **OPTIONS,
+        y, m, g, lr, G, scale, active, start, x, delta,
+        clients, d, stride(y), stride(m), stride(g), stride(start), stride(delta), momentum, weight_decay, share, alpha,
+        per_client(lr), per_client(scale), TILE, **OPTIONS,
     )  # fmt: skip
 
 

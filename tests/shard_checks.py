@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,28 @@ import torch
 from support import tiny_engine
 from torch import Tensor, nn
 
-from fedkernels.algorithms import ALGORITHMS
+from fedkernels import checkpoint
+from fedkernels.algorithms import ALGORITHMS, FedAvg
+from fedkernels.contract import Task, Vectors
 from fedkernels.federated.batches import LocalWork
+from fedkernels.federated.codecs import Int8
 from fedkernels.federated.collectives import Collectives
 from fedkernels.federated.engine import Engine
-from fedkernels.layout import Role, infer_roles
+from fedkernels.federated.parallel import DeepSpeedSettings
+from fedkernels.federated.sharding import Cut, ShardedLayout
+from fedkernels.layout import Layout, Role, infer_roles
+from fedkernels.privacy.mechanism import Privacy
 
 # Mini-batches of 7, the last of an epoch partial; at most 3 of a client's 5 samples or so on two ranks.
 WORK = LocalWork(7, local_steps=3, local_epochs=2)
 # Small enough that gradients are clipped.
 SETTINGS: dict[str, Any] = {"rounds": 5, "cohort": 6, "work": WORK, "lr": 0.05, "clip_norm": 0.3}
+SECURE: dict[str, Any] = {
+    "sampling": "poisson",
+    "on_nonfinite": "drop_client",
+    "privacy": Privacy(noise_multiplier=1.0, clip=1.0, delta=0.01, noise="secure"),
+}
+OFFLOAD = {"deepspeed": DeepSpeedSettings(offload="cpu")}
 
 
 class Odd(nn.Module):
@@ -59,10 +72,14 @@ def odd_model(scalar: bool = True) -> tuple[nn.Module, dict[str, Role]]:
 
 
 def odd_engine(name: str, collectives: Collectives, dtype: torch.dtype, **options: Any) -> Engine:
-    """An engine over the odd model, in float32 without a scalar; options of the algorithm are `algorithm={...}`."""
-    module, roles = odd_model(scalar=dtype == torch.float64)
-    algorithm = ALGORITHMS[name](**options.pop("algorithm", {}))
-    settings = SETTINGS | options
+    """An engine over the odd model, in float32 without a scalar.
+
+    Args:
+        options: settings, options of the algorithm as `algorithm={...}`, and whether there is a `scalar`.
+    """
+    module, roles = odd_model(options.get("scalar", dtype == torch.float64))
+    algorithm = ALGORITHMS[name](**options.get("algorithm", {}))
+    settings = SETTINGS | {key: value for key, value in options.items() if key not in ("algorithm", "scalar")}
     return tiny_engine(algorithm, module=module, roles=roles, collectives=collectives, dtype=dtype, **settings)
 
 
@@ -88,4 +105,133 @@ def run_all(
         tests = engine.evaluate()
         model = {key: value.numpy().copy() for key, value in engine.named_parameters().items()}
         out[str(n)] = {"state": numbers(engine), "rows": rows, "tests": tests, "model": model}
+    return out
+
+
+def save_all(everyone: Collectives, runs: Runs, shard_size: int, rounds: int, folder: Path) -> None:
+    """Checkpoints of some runs after some rounds."""
+    collectives = Collectives(shard_size)
+    for n, (name, options) in enumerate(runs):
+        engine = odd_engine(name, collectives, torch.float64, **options)
+        for _ in range(rounds):
+            engine.run_round()
+        checkpoint.save(folder / str(n), engine, {"run": name}, {"time_s": 1.0}, 1)
+
+
+def continue_all(everyone: Collectives, runs: Runs, shard_size: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """What `run_all` tells, of runs that go on from the checkpoints of `save_all`."""
+    collectives = Collectives(shard_size)
+    out: dict[str, Any] = {"group": collectives.rank, "shard": collectives.group.index}
+    for n, (name, options) in enumerate(runs):
+        engine = odd_engine(name, collectives, torch.float64, **options)
+        assert checkpoint.restore(folder / str(n), engine, {"run": name}) == ({"time_s": 1.0}, [])
+        rows = [engine.run_round() for _ in range(rounds)]
+        tests = engine.evaluate()
+        model = {key: value.numpy().copy() for key, value in engine.named_parameters().items()}
+        out[str(n)] = {"state": numbers(engine), "rows": rows, "tests": tests, "model": model}
+    return out
+
+
+def each_group_operation(everyone: Collectives) -> dict[str, Any]:
+    """Everything that groups of two exchange, inside and among each other, on values that depend on the rank."""
+    collectives = Collectives(2)
+    group, rank, shard = collectives.group, collectives.process_rank, collectives.group.index
+    out: dict[str, Any] = {
+        "rank": collectives.rank,
+        "world_size": collectives.world_size,
+        "processes": collectives.processes,
+        "leader": collectives.leader,
+    }
+
+    def counted(value: Any) -> tuple[Any, int]:
+        moved, collectives.link_bytes = collectives.link_bytes, 0
+        return value, moved
+
+    out["sum"] = group.sum(torch.tensor([10.0**rank])).tolist()
+    swapped = group.swap([torch.full((j + 1,), 10.0 * rank + j) for j in range(2)], [shard + 1] * 2)
+    out["swap"] = [part.tolist() for part in swapped]
+    collected = group.collect(torch.full((shard + 1,), 10.0 * rank), [1, 2])
+    out["collect"] = None if collected is None else [part.tolist() for part in collected]
+    own = torch.full((3,), 10.0**rank, dtype=torch.float64)
+    out["all_reduce"] = counted(collectives.all_reduce(own).tolist())
+    # Group 0 sends to group 1 and the other way round; each shard to its own.
+    incoming = [torch.empty(2, dtype=torch.float64)]
+    outgoing = [torch.full((2,), 100.0 * collectives.rank + rank, dtype=torch.float64)]
+    collectives.exchange([(0, 1), (1, 0)], 16, outgoing, incoming)
+    out["exchange"] = counted([part.tolist() for part in incoming])
+    # The first block lies in both groups, the second in group 1 alone.
+    sums = torch.full((3,), 10.0**rank, dtype=torch.float64)
+    collectives.reduce_blocks(sums, [slice(0, 2), slice(2, 3)], [[0, 1], [1]])
+    out["reduce_blocks"] = counted(sums.tolist())
+    out["gather"] = collectives.gather(rank)
+    try:
+        Collectives(3)
+    except ValueError as error:
+        out["uneven"] = str(error)
+    return out
+
+
+def map_matrices_on_ranks(everyone: Collectives) -> dict[str, Any]:
+    """Sums of rows and columns before every entry, which need matrices whole, of two clients' shards."""
+    collectives = Collectives(2)
+    module, roles = odd_model()
+    whole = Layout.of(module, roles, route="all_matrices")
+    layout = ShardedLayout(whole, Cut("row", 2), collectives.group)
+    vectors = torch.arange(2.0 * whole.d, dtype=torch.float64).view(2, -1)
+    shard = torch.stack([layout.flatten(whole.views(row)) for row in vectors])
+    (part,) = layout.matrix_parts
+    seen = []
+
+    def function(matrices: Tensor) -> Tensor:
+        seen.extend([(len(matrices), *matrix.shape[1:]) for matrix in matrices.unbind(1)])
+        return matrices.cumsum(-1).cumsum(-2)
+
+    mapped = part.map(shard[:, part.start : part.stop], function)
+    return {"seen": seen, "mapped": mapped.numpy()}
+
+
+def spoilt_on_ranks(everyone: Collectives, sharding: str) -> dict[str, Any]:
+    """Rounds in which one rank alone finds a client spoilt, and one alone is asked to stop."""
+    collectives = Collectives(2)
+    client = FedAvg.client
+
+    def spoilt(self: FedAvg, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
+        up = client(self, s, k, task)
+        if collectives.process_rank == 1 and not spoilt.done:  # type: ignore[attr-defined]
+            spoilt.done = True  # type: ignore[attr-defined]
+            up["delta"][0, 0] = torch.nan
+        return up
+
+    spoilt.done = False  # type: ignore[attr-defined]
+    FedAvg.client = spoilt  # type: ignore[method-assign]
+    engine = odd_engine("fedavg", collectives, torch.float64, sharding=sharding, on_nonfinite="drop_client")
+    keys = ("train_loss", "cohort", "dropped", "link_bytes")
+    rows, stops = [engine.run_round()], [engine.stop_agreed]
+    dropped = "; ".join(engine.dropped)
+    engine.stop_requested = collectives.process_rank == 3
+    rows.append(engine.run_round())
+    stops.append(engine.stop_agreed)
+    return {"dropped": dropped, "stops": stops, "rows": [[row[key] for key in keys] for row in rows]}
+
+
+def refused_on_ranks(everyone: Collectives) -> dict[str, str]:
+    """What an engine says of settings that do not go with shards."""
+    collectives = Collectives(2)
+    os.environ.setdefault("LOCAL_RANK", str(everyone.process_rank))
+    out = {}
+    tries: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
+        "evaluator": ("fedavg", torch.float64, {"sharding": "fsdp2", "evaluator": "batched"}),
+        "codec": ("fedavg", torch.float64, {"sharding": "fsdp2", "codec": Int8()}),
+        "low rank": ("fedmuon", torch.float64, {"sharding": "fsdp2", "algorithm": {"momentum_rank": 0.5}}),
+        "cohort": ("fedavg", torch.float64, {"sharding": "fsdp2", "cohort": 0}),
+        "scalar": ("fedavg", torch.float32, {"sharding": "deepspeed", "scalar": True}),
+        "double": ("fedavg", torch.float64, {"sharding": "deepspeed", "scalar": False}),
+        "noise": ("dp_fedavg", torch.float64, {"sharding": "ddp", **SECURE}),
+    }
+    for what, (name, dtype, options) in tries.items():
+        try:
+            odd_engine(name, collectives, dtype, **options).run_round()
+            out[what] = "nothing"
+        except ValueError as error:
+            out[what] = str(error)
     return out

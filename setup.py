@@ -57,7 +57,7 @@ extras = {
     ],
 }
 # The tests cover what the optional packages do.
-extras["dev"] += extras["hf"] + extras["tensorboard"] + extras["triton"]
+extras["dev"] += extras["hf"] + extras["tensorboard"] + extras["triton"] + extras["deepspeed"]
 
 setup(
     name="fedkernels",

@@ -69,7 +69,7 @@ def build(config: Config, collectives: Collectives, data: Dataset | None = None)
     common = {f.name: getattr(config, f.name) for f in fields(EngineSettings) if f.name != "work"}
     engine = Engine(
         config.algorithm,
-        Objective(module, data, device, config.precision),
+        Objective(module, data, device, config.precision, to_shard=config.sharding in ("fsdp2", "deepspeed")),
         partition,
         EngineSettings(work=work, **common),
         collectives,

@@ -77,7 +77,7 @@ def federated(model: Gpt2, batch: int, steps: int, sharding: Sharding, shard_siz
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank() if dist.is_initialized() else 0))
     if sharding == "deepspeed":
         require_deepspeed(torch.device("cpu"))
-    collectives = Collectives(shard_size)
+    collectives = Collectives(shard_size=shard_size)
     before = rss_bytes()
     module = model.build("language", (LENGTH,), TOKENS)
     roles = model.roles(module)

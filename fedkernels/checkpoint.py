@@ -153,7 +153,7 @@ def _load(path: Path, names: list[str], written: Cut, engine: Engine) -> None:
         names: of the files.
         written: how vectors were dealt out over ranks when they were written.
     """
-    whole, shard = engine.layout.whole, engine.collectives.group.index
+    whole, shard = engine.layout.whole, engine.collectives.group.index % engine.cut.shards
     along = dealt(engine.algorithm, whole, written) | dealt(engine.algorithm, whole, engine.cut)
     with ExitStack() as open_files:
         files = [path / _server_file(written, number) for number in range(written.shards)]

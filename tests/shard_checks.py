@@ -89,6 +89,12 @@ def numbers(engine: Engine) -> dict[str, np.ndarray]:
     return {name: value.detach().clone().numpy() for name, value in ({**engine.server} | kept).items()}
 
 
+def rounds_of(engine: Engine, rounds: int) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+    """Metrics of some rounds, and what the model of each does on the test samples."""
+    told = [(engine.run_round(), engine.evaluate()) for _ in range(rounds)]
+    return [row for row, _ in told], [tests for _, tests in told]
+
+
 Runs = Sequence[tuple[str, dict[str, Any]]]
 
 
@@ -96,13 +102,12 @@ def run_all(
     everyone: Collectives, runs: Runs, shard_size: int, rounds: int, dtype: torch.dtype = torch.float64
 ) -> dict[str, Any]:
     """Final vectors and metrics of `(name, options)` runs in groups of `shard_size` ranks."""
-    collectives = Collectives(shard_size)
+    collectives = Collectives(shard_size=shard_size)
     os.environ.setdefault("LOCAL_RANK", str(everyone.process_rank))  # as launchers do, which DeepSpeed insists on
     out: dict[str, Any] = {"group": collectives.rank, "shard": collectives.group.index}
     for n, (name, options) in enumerate(runs):
         engine = odd_engine(name, collectives, dtype, **options)
-        rows = [engine.run_round() for _ in range(rounds)]
-        tests = engine.evaluate()
+        rows, tests = rounds_of(engine, rounds)
         model = {key: value.numpy().copy() for key, value in engine.named_parameters().items()}
         out[str(n)] = {"state": numbers(engine), "rows": rows, "tests": tests, "model": model}
     return out
@@ -110,7 +115,7 @@ def run_all(
 
 def save_all(everyone: Collectives, runs: Runs, shard_size: int, rounds: int, folder: Path) -> None:
     """Checkpoints of some runs after some rounds."""
-    collectives = Collectives(shard_size)
+    collectives = Collectives(shard_size=shard_size)
     for n, (name, options) in enumerate(runs):
         engine = odd_engine(name, collectives, torch.float64, **options)
         for _ in range(rounds):
@@ -120,13 +125,12 @@ def save_all(everyone: Collectives, runs: Runs, shard_size: int, rounds: int, fo
 
 def continue_all(everyone: Collectives, runs: Runs, shard_size: int, rounds: int, folder: Path) -> dict[str, Any]:
     """What `run_all` tells, of runs that go on from the checkpoints of `save_all`."""
-    collectives = Collectives(shard_size)
+    collectives = Collectives(shard_size=shard_size)
     out: dict[str, Any] = {"group": collectives.rank, "shard": collectives.group.index}
     for n, (name, options) in enumerate(runs):
         engine = odd_engine(name, collectives, torch.float64, **options)
         assert checkpoint.restore(folder / str(n), engine, {"run": name}) == ({"time_s": 1.0}, [])
-        rows = [engine.run_round() for _ in range(rounds)]
-        tests = engine.evaluate()
+        rows, tests = rounds_of(engine, rounds)
         model = {key: value.numpy().copy() for key, value in engine.named_parameters().items()}
         out[str(n)] = {"state": numbers(engine), "rows": rows, "tests": tests, "model": model}
     return out
@@ -134,7 +138,7 @@ def continue_all(everyone: Collectives, runs: Runs, shard_size: int, rounds: int
 
 def each_group_operation(everyone: Collectives) -> dict[str, Any]:
     """Everything that groups of two exchange, inside and among each other, on values that depend on the rank."""
-    collectives = Collectives(2)
+    collectives = Collectives(shard_size=2)
     group, rank, shard = collectives.group, collectives.process_rank, collectives.group.index
     out: dict[str, Any] = {
         "rank": collectives.rank,
@@ -165,7 +169,7 @@ def each_group_operation(everyone: Collectives) -> dict[str, Any]:
     out["reduce_blocks"] = counted(sums.tolist())
     out["gather"] = collectives.gather(rank)
     try:
-        Collectives(3)
+        Collectives(shard_size=3)
     except ValueError as error:
         out["uneven"] = str(error)
     return out
@@ -173,7 +177,7 @@ def each_group_operation(everyone: Collectives) -> dict[str, Any]:
 
 def map_matrices_on_ranks(everyone: Collectives) -> dict[str, Any]:
     """Sums of rows and columns before every entry, which need matrices whole, of two clients' shards."""
-    collectives = Collectives(2)
+    collectives = Collectives(shard_size=2)
     module, roles = odd_model()
     whole = Layout.of(module, roles, route="all_matrices")
     layout = ShardedLayout(whole, Cut("row", 2), collectives.group)
@@ -192,7 +196,7 @@ def map_matrices_on_ranks(everyone: Collectives) -> dict[str, Any]:
 
 def spoilt_on_ranks(everyone: Collectives, sharding: str) -> dict[str, Any]:
     """Rounds in which one rank alone finds a client spoilt, and one alone is asked to stop."""
-    collectives = Collectives(2)
+    collectives = Collectives(shard_size=2)
     client = FedAvg.client
 
     def spoilt(self: FedAvg, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
@@ -216,7 +220,7 @@ def spoilt_on_ranks(everyone: Collectives, sharding: str) -> dict[str, Any]:
 
 def refused_on_ranks(everyone: Collectives) -> dict[str, str]:
     """What an engine says of settings that do not go with shards."""
-    collectives = Collectives(2)
+    collectives = Collectives(shard_size=2)
     os.environ.setdefault("LOCAL_RANK", str(everyone.process_rank))
     out = {}
     tries: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {

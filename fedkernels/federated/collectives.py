@@ -29,6 +29,7 @@ class Collectives:
 
     Args:
         shard_size: ranks that train one client together; consecutive ranks form a group, so that one lies in a node.
+        timeout: of what a group, or a shard of all groups, exchanges; None for the backend's own.
 
     Raises:
         ValueError: the ranks do not make whole groups.
@@ -41,7 +42,7 @@ class Collectives:
         leader: whether this is the first rank of all.
     """
 
-    def __init__(self, shard_size: int = 1) -> None:
+    def __init__(self, shard_size: int = 1, timeout: timedelta | None = None) -> None:
         self.on = dist.is_available() and dist.is_initialized()
         self.process_rank = dist.get_rank() if self.on else 0
         self.processes = dist.get_world_size() if self.on else 1
@@ -57,8 +58,8 @@ class Collectives:
         if shard_size > 1:
             # Every rank takes part in making every group.
             ranks = range(self.processes)
-            groups = [dist.new_group(list(ranks[g : g + shard_size])) for g in ranks[::shard_size]]
-            self.across = [dist.new_group(list(ranks[j::shard_size])) for j in range(shard_size)][shard]
+            groups = [dist.new_group(list(ranks[g : g + shard_size]), timeout) for g in ranks[::shard_size]]
+            self.across = [dist.new_group(list(ranks[j::shard_size]), timeout) for j in range(shard_size)][shard]
             self.group = ClientGroup(shard, shard_size, groups[self.rank])
         self.link_bytes = 0
 
@@ -172,13 +173,14 @@ class Collectives:
 def join(device: torch.device, shard_size: int = 1, timeout_s: float = 600.0) -> Collectives:
     """Join the process group that torchrun announces in the environment, or stay a single process."""
     if "WORLD_SIZE" not in os.environ or not dist.is_available():
-        return Collectives(shard_size)
+        return Collectives(shard_size=shard_size)
+    timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=timeout)
         # NCCL wants all ranks in its first operation, and a move of client state has two of them.
         dist.all_reduce(torch.zeros(1, device=device))
-    return Collectives(shard_size)
+    return Collectives(shard_size=shard_size, timeout=timeout)
 
 
 def pick_device(name: str) -> torch.device:

@@ -82,8 +82,9 @@ def federated(model: Gpt2, batch: int, steps: int, sharding: Sharding, shard_siz
     module = model.build("language", (LENGTH,), TOKENS)
     roles = model.roles(module)
     inputs, targets = tokens()
-    labels = torch.zeros(SAMPLES, dtype=torch.long)
-    data = Dataset("language", inputs, targets, inputs[:1], targets[:1], TOKENS, labels)
+    data = Dataset(
+        "language", inputs, targets, inputs[:1], targets[:1], TOKENS, torch.zeros(SAMPLES, dtype=torch.long), None
+    )
     settings = EngineSettings(
         rounds=10, cohort=1, work=LocalWork(batch, local_steps=steps), lr=1e-3, evaluator="loop", sharding=sharding
     )

@@ -149,7 +149,7 @@ class Engine:
             raise ValueError(f"cohort is {cohort}, expected 1 to the number of clients, {self.population}")
         if ranks > cohort:
             trainers = "ranks" if shards == 1 else f"groups of {shards} ranks"
-            raise ValueError(f"{ranks} {trainers} for a cohort of {cohort}: some would have no client; start fewer")
+            raise ValueError(f"{ranks} {trainers} for a cohort of {cohort}: some would have no client; start fewer ranks")
         sizes = partition.sizes
         if (empty := np.flatnonzero(sizes == 0)).size:
             raise ValueError(f"client {empty[0]} has no sample ({empty.size} of {self.population} clients are empty)")

@@ -315,6 +315,9 @@ def dealt(algorithm: Algorithm, whole: Layout, cut: Cut) -> dict[str, tuple[Entr
         ValueError: the algorithm has a vector that is neither.
     """
 
+    if cut.shards == 1:
+        return {}
+
     def sizes(layout: Layout) -> dict[str, int]:
         x = torch.empty(layout.d, device="meta")
         return {name: value.numel() for name, value in algorithm.init(x, layout).items()}

@@ -45,7 +45,7 @@ version = re.search(r'__version__ = "(.+)"', init).group(1)
 extras = {
     "triton": ["triton>=3.5; platform_system == 'Linux'"],
     "deepspeed": ["deepspeed>=0.18"],
-    "hf": ["transformers>=5.0"],
+    "hf": ["transformers>=5.24", "peft>=0.18"],
     "tensorboard": ["tensorboard>=2.16"],
     "dev": [
         "pytest>=8",

@@ -144,6 +144,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, help="page to write; default report.html in the first run's parent folder")
     report.set_defaults(run=_report, overridable=False)
 
+    export = commands.add_parser(
+        "export",
+        help="write a run's final model as a directory that transformers or peft load",
+        description="Write a run's final model as save_pretrained does: config, weights and tokenizer, or adapters.",
+        allow_abbrev=False,
+    )
+    export.add_argument("--run_dir", type=Path, required=True, help="folder of a finished run")
+    export.add_argument("--to", type=Path, required=True, help="directory to make")
+    export.add_argument("--merge", action="store_true", help="add LoRA adapters into the base")
+    export.set_defaults(run=_export, overridable=False)
+
     kernels = commands.add_parser("kernels", help="which backend runs each kernel here, and why the others do not")
     kernels.set_defaults(run=_kernels, overridable=False)
     return parser
@@ -195,10 +206,10 @@ def _list(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _partition(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from .data.plot import partition_figure, partition_summary
-    from .train import split
+    from .train import load_data, split
 
     config = load(options.config, parse_overrides(rest))
-    data = config.data.load()
+    data = load_data(config)
     labels = data.labels.numpy()
     partition = split(config, data)
     classes = int(labels.max()) + 1
@@ -270,6 +281,14 @@ def _report(options: argparse.Namespace, rest: Sequence[str]) -> int:
     print(comparison_table(options.runs))
     out = options.out or options.runs[0].resolve().parent / "report.html"
     print(f"report: {write_report(options.runs, out)}")
+    return 0
+
+
+def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from .export import export
+
+    loader = export(options.run_dir, options.to, merge=options.merge)
+    print(f"model: {options.to}, for {loader}.from_pretrained")
     return 0
 
 

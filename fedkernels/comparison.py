@@ -9,7 +9,15 @@ from typing import Literal
 
 import numpy as np
 
-from .formats import format_bytes, format_loss, format_rate, format_seconds, format_share
+from .formats import (
+    format_bytes,
+    format_loss,
+    format_number,
+    format_rate,
+    format_score,
+    format_seconds,
+    format_share,
+)
 from .runs import Group, Run, read_groups, standard_error
 
 # Of the best accuracy any run reached: the target that rounds, bytes and time are counted to.
@@ -75,6 +83,9 @@ class Comparison:
                 BEST_ACCURACY,
                 *([] if equal_lengths else [self.accuracy_at_equal_round]),
                 TEST_LOSS,
+                MATTHEWS,
+                F1,
+                PERPLEXITY,
                 *([] if self.target is None else costs_of(self.target)),
                 UPLINK,
                 DOWNLINK,
@@ -180,6 +191,10 @@ ROUNDS = Statistic("rounds", "", lambda run: run.last_round, _format_rounds)
 FINAL_ACCURACY = Statistic("accuracy", "final", _final("test_accuracy"), format_share, "max")
 BEST_ACCURACY = Statistic("accuracy", "best", _best_accuracy, format_share, "max")
 TEST_LOSS = Statistic("test loss", "final", _final("test_loss"), format_loss, "min")
+# Of the tasks that are scored by them.
+MATTHEWS = Statistic("Matthews corr.", "final", _final("test_matthews"), format_score, "max")
+F1 = Statistic("F1", "final", _final("test_f1"), format_score, "max")
+PERPLEXITY = Statistic("perplexity", "final", _final("test_perplexity"), format_number, "min")
 UPLINK = Statistic("uplink", "all clients", _total("protocol_up_bytes"), format_bytes)
 DOWNLINK = Statistic("downlink", "all clients", _total("protocol_down_bytes"), format_bytes)
 # A single rank sends nothing.

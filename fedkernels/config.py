@@ -29,6 +29,7 @@ from .contract import Algorithm, LocalOptimizer
 from .data import DATASETS, PARTITIONS
 from .data.datasets import Dataset
 from .data.partition import Partition
+from .data.tokens import Tokens
 from .federated.codecs import CODECS
 from .federated.evaluators import EvaluatorName
 from .federated.objective import Precision
@@ -44,7 +45,11 @@ from .wire import Codec
 
 class ModelChoice(Protocol):
     def build(
-        self, kind: Literal["image", "language", "text"], input_shape: tuple[int, ...], classes: int
+        self,
+        kind: Literal["image", "language", "text"],
+        input_shape: tuple[int, ...],
+        classes: int,
+        tokens: Tokens = ...,
     ) -> nn.Module: ...
 
     def roles(self, module: nn.Module) -> dict[str, Role]: ...
@@ -102,6 +107,7 @@ class Config:
         precision: bf16 computes under autocast, vectors stay float32.
         evaluator: how gradients are computed; auto measures loop and batched, compiled has to be asked for.
         clients_per_batch: clients a rank trains at once; null lets the evaluator decide.
+        microbatch_size: samples of a mini-batch that go forward and backward at once, to save memory; null for all.
         placement: balance ranks by estimated work, or also by measured speed.
         reduce_dtype: of sums over clients; float64 hides rank count and order, float32 halves link bytes.
         on_nonfinite: what a client that sends NaN or infinity does to the run.
@@ -140,6 +146,7 @@ class Config:
     precision: Precision = "fp32"
     evaluator: EvaluatorName = "auto"
     clients_per_batch: Count | None = None
+    microbatch_size: Count | None = None
     placement: Literal["estimated", "measured"] = "estimated"
     reduce_dtype: Literal["float64", "float32"] = "float64"
     on_nonfinite: Literal["error", "drop_client"] = "error"

@@ -58,6 +58,16 @@ def format_number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def format_score(score: float) -> str:
+    """Three decimals of a metric between -1 and 1.
+
+    Example:
+        >>> format_score(-0.0617), format_score(1.0)
+        ('-0.062', '1.000')
+    """
+    return f"{score:.3f}"
+
+
 def format_share(fraction: float) -> str:
     """A fraction of one in percent.
 

@@ -22,9 +22,24 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
-from .formats import format_bytes, format_epsilon, format_loss, format_rate, format_seconds, format_share
+from .formats import (
+    format_bytes,
+    format_epsilon,
+    format_loss,
+    format_number,
+    format_rate,
+    format_score,
+    format_seconds,
+    format_share,
+)
 
 METRICS_FILE = "metrics.jsonl"
+# What only some tasks are scored by, as the progress line names and shows it.
+_METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "test_matthews": ("mcc", format_score),
+    "test_f1": ("f1", format_score),
+    "test_perplexity": ("ppl", format_number),
+}
 
 
 class MetricsWriter:
@@ -151,7 +166,7 @@ class Progress:
         self._started = (first_round, clock())
         self._first_update: tuple[int, float] | None = None
         self._shown_s = -math.inf
-        self._accuracy: float | None = None
+        self._evaluation = self._evaluated({})
         self._held_back: str | None = None
         self._bar = self._start_bar(first_round) if self._file.isatty() else None
 
@@ -173,16 +188,23 @@ class Progress:
         since_round, since_s = self._first_update or self._started
         return f"ETA {format_seconds((now_s - since_s) / (round - since_round) * (self.total_rounds - round))}"
 
+    def _evaluated(self, row: Mapping[str, Any]) -> str:
+        """Accuracy, and the metrics that the task of the row has."""
+        texts = [f"acc {_text(row.get('test_accuracy'), format_share):>6}"]
+        texts += [f"{name} {_text(row[key], form):>6}" for key, (name, form) in _METRICS.items() if key in row]
+        return "  ".join(texts)
+
     def update(self, row: Mapping[str, Any]) -> None:
         """Show the row of one round."""
         round, now_s = row["round"], self._clock()
         remaining = self._remaining(round, now_s)
         self._first_update = self._first_update or (round, now_s)
         evaluated = row.get("test_accuracy")
-        # The live line keeps the newest accuracy in view, a plain line tells of its own round.
-        self._accuracy = self._accuracy if evaluated is None and self._bar else evaluated
+        # The live line keeps the newest evaluation in view, a plain line tells of its own round.
+        if evaluated is not None or not self._bar:
+            self._evaluation = self._evaluated(row)
         numbers = (
-            f"loss {_text(row.get('train_loss'), format_loss):>7}  acc {_text(self._accuracy, format_share):>6}  "
+            f"loss {_text(row.get('train_loss'), format_loss):>7}  {self._evaluation}  "
             f"{_text(row.get('clients_per_s'), format_rate):>5} clients/s"
         )
         if "epsilon" in row:

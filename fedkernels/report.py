@@ -18,7 +18,15 @@ from .metrics import is_number
 from .page import esc, fold, legend, lines_of, listed, page, scrolling_table, section, swatch
 from .runs import Group, name_of, read_groups
 
-_CURVES = {"test_accuracy": "Test accuracy, %", "test_loss": "Test loss", "train_loss": "Train loss"}
+_CURVES = {
+    "test_accuracy": "Test accuracy, %",
+    "test_matthews": "Matthews correlation",
+    "test_f1": "F1",
+    "test_perplexity": "Perplexity",
+    "test_loss": "Test loss",
+    "train_loss": "Train loss",
+}
+_LINEAR = {"test_accuracy", "test_matthews", "test_f1"}
 _TIME_UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 _BYTE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 
@@ -135,7 +143,7 @@ def _curves(groups: Sequence[Group]) -> str:
             unit, label = _unit(by, max(float(curve.x.max()) for curve in curves))
             factor = 100 if key == "test_accuracy" else 1
             scaled = [Curve(c.style, c.x / unit, c.y * factor, c.se * factor) for c in curves]
-            panels.append(f"<figure>{line_chart(title, label, scaled, log=key != 'test_accuracy')}</figure>")
+            panels.append(f"<figure>{line_chart(title, label, scaled, log=key not in _LINEAR)}</figure>")
     return f'<div class="grid">{"".join(panels)}</div>' if panels else '<p class="note">No curve to show yet.</p>'
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,8 +19,9 @@ from .checkpoint import differences
 from .config import Config, ConfigError, choice, load, resolved
 from .data.datasets import Dataset
 from .data.partition import Partition
+from .data.tokens import Tokens
 from .metrics import environment
-from .models import MODELS
+from .models import MODELS, Pretrained
 
 PARTITION_SHOWN = 200
 # Keys that may differ between a run and its continuation: a change of them is no other experiment.
@@ -38,7 +40,7 @@ FREE_KEYS = {
 }
 
 # Keys that a continuation keeps, although the numbers do not depend on them.
-HOW_KEYS = {"evaluator", "clients_per_batch", "placement", "kernels"}
+HOW_KEYS = {"evaluator", "clients_per_batch", "microbatch_size", "placement", "kernels"}
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
@@ -95,9 +97,16 @@ def open_run(config: Config, data: Dataset, partition: Partition) -> None:
         raise ConfigError(f"run_dir: cannot write to {run_dir}: {error}") from None
 
 
-def save_model(config: Config, data: Dataset, parameters: dict[str, Tensor], rounds: int) -> None:
-    """Write the model as `model.safetensors` and, in `model.json`, how to build it."""
-    tensors = {name: value.detach().cpu().clone() for name, value in parameters.items()}
+def save_model(
+    config: Config, data: Dataset, trained: dict[str, Tensor], frozen: dict[str, Tensor], rounds: int
+) -> None:
+    """Write the model as `model.safetensors` and, in `model.json`, how to build it.
+
+    Args:
+        trained: the trainable parameters by name.
+        frozen: the others, but for those that can be read again from the directory that the model came from.
+    """
+    tensors = {name: value.detach().cpu().clone() for name, value in (frozen | trained).items()}
     temporary = config.run_dir / ".model.safetensors"
     temporary.write_bytes(save(tensors))
     os.replace(temporary, config.run_dir / "model.safetensors")
@@ -106,6 +115,7 @@ def save_model(config: Config, data: Dataset, parameters: dict[str, Tensor], rou
         "kind": data.kind,
         "input_shape": data.input_shape,
         "classes": data.classes,
+        "tokens": dataclasses.asdict(data.tokens),
         "rounds": rounds,
     }
     _replace(config.run_dir / "model.json", json.dumps(facts, indent=1))
@@ -114,8 +124,10 @@ def save_model(config: Config, data: Dataset, parameters: dict[str, Tensor], rou
 def load_model(folder: Path) -> nn.Module:
     """The trained model of a run, rebuilt from `model.json` and `model.safetensors` alone.
 
+    A model that came from a directory needs that one too.
+
     Raises:
-        FileNotFoundError: one of the two is not there.
+        FileNotFoundError: a file or the directory is not there.
         ValueError: their parameters do not fit together, or a file is damaged.
 
     Example:
@@ -123,13 +135,15 @@ def load_model(folder: Path) -> nn.Module:
     """
     facts = json.loads((folder / "model.json").read_text())
     config = choice(MODELS, facts["model"], "model")
-    module: nn.Module = config.build(facts["kind"], tuple(facts["input_shape"]), facts["classes"])
+    tokens = Tokens(**facts["tokens"])
+    module: nn.Module = config.build(facts["kind"], tuple(facts["input_shape"]), facts["classes"], tokens)
     try:
         missing, unknown = module.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder / 'model.safetensors'}: {error}") from None
     # A tied parameter goes by several names in a state dict, and is saved under its first.
-    if absent := unknown + [name for name, _ in module.named_parameters() if name in missing]:
+    needed = [name for name, p in module.named_parameters() if p.requires_grad or not isinstance(config, Pretrained)]
+    if absent := unknown + [name for name in needed if name in missing]:
         raise ValueError(f"{folder}: model.json and model.safetensors differ in {', '.join(absent)}")
     return module.eval()
 

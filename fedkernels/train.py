@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +19,8 @@ from . import checkpoint
 from .config import Config
 from .data.datasets import Dataset
 from .data.partition import Partition
+from .data.text import Glue, Topics
+from .data.tokens import has_tokenizer
 from .federated.batches import LocalWork
 from .federated.codecs import codec_notes
 from .federated.collectives import Collectives, join, pick_device
@@ -27,6 +29,7 @@ from .federated.objective import Objective
 from .federated.settings import EngineSettings
 from .formats import format_epsilon
 from .metrics import MetricsWriter, Progress, read_metrics
+from .models import Pretrained
 from .rng import Purpose, stream
 from .run_folder import check_unused, fingerprint, open_run, run_number, save_model
 
@@ -38,6 +41,15 @@ class Outcome:
     run_dir: Path
     rounds: int
     stopped_by: int | None
+
+
+def load_data(config: Config) -> Dataset:
+    """The dataset, where it is text and names no tokenizer in the tokens of the directory its model comes from."""
+    data, model = config.data, config.model
+    if isinstance(data, Glue | Topics) and data.tokenizer is None:
+        path = model.path if isinstance(model, Pretrained) and has_tokenizer(model.path) else None
+        return replace(data, tokenizer=path).load()
+    return data.load()
 
 
 def split(config: Config, data: Dataset) -> Partition:
@@ -57,11 +69,11 @@ def build(config: Config, collectives: Collectives, data: Dataset | None = None)
     """
     torch.set_num_threads(config.threads)
     device = pick_device(config.device)
-    data = data or config.data.load()
+    data = data or load_data(config)
     partition = split(config, data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(stream(config.seed, Purpose.MODEL).integers(2**63)))
-        module = config.model.build(data.kind, data.input_shape, data.classes)
+        module = config.model.build(data.kind, data.input_shape, data.classes, data.tokens)
     buffers = [name for name, buffer in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
     if buffers:
         raise ValueError(f"{buffers[0]}: running statistics would not be aggregated; use GroupNorm or LayerNorm")
@@ -132,7 +144,7 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
                 row = engine.run_round()
                 last = engine.round == rounds
                 due = engine.round % config.eval_every == 0 or last
-                row |= engine.evaluate() if due else {"test_loss": None, "test_accuracy": None}
+                row |= engine.evaluate() if due else dict.fromkeys(engine.objective.score_names)
                 totals["time_s"] += time.perf_counter() - start
                 if log is not None:
                     if first:
@@ -153,8 +165,8 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
             if log is not None:
                 log.close()
         # Nobody leaves before the leader is done: launchers end all ranks when one exits as stopped.
-        parameters = engine.named_parameters() if collectives.rank == 0 else {}
-        collectives.agree(lambda: _finish(config, data, parameters, engine.round) if leader else None)
+        trained, frozen = ({}, {}) if collectives.rank else (engine.named_parameters(), _frozen(config, engine))
+        collectives.agree(lambda: _finish(config, data, trained, frozen, engine.round) if leader else None)
     return Outcome(config.run_dir, engine.round, stopped_by)
 
 
@@ -219,8 +231,13 @@ def _privacy_notes(engine: Engine, rounds: int) -> list[str]:
     return notes
 
 
-def _finish(config: Config, data: Dataset, parameters: dict[str, Tensor], rounds: int) -> None:
-    save_model(config, data, parameters, rounds)
+def _frozen(config: Config, engine: Engine) -> dict[str, Tensor]:
+    """The parameters that are not trained, where they cannot be read again from the directory the model came from."""
+    return {} if isinstance(config.model, Pretrained) else engine.frozen_parameters()
+
+
+def _finish(config: Config, data: Dataset, trained: dict[str, Tensor], frozen: dict[str, Tensor], rounds: int) -> None:
+    save_model(config, data, trained, frozen, rounds)
     from .report import write_report  # matplotlib is only needed once, on one rank, at the end
 
     write_report([config.run_dir], config.run_dir / "report.html")

@@ -15,18 +15,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from .tokens import BYTES, Tokens
+
+Metric = Literal["matthews", "f1", "perplexity"]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Training and test samples of one task, held as bytes.
+    """Training and test samples of one task, held as bytes, tokens of large vocabularies as int32.
 
     Args:
         kind: `image` and `text` classify, `language` predicts the next token.
-        train_inputs: uint8, images `[n, channels, height, width]` or byte tokens `[n, length]`.
-        train_targets: int64 `[n]` class labels; for `language` uint8 `[n, length]`, the next tokens.
+        train_inputs: uint8 images `[n, channels, height, width]`, or tokens `[n, length]`.
+        train_targets: int64 `[n]` class labels; for `language` tokens `[n, length]`, the next ones.
         test_inputs: as `train_inputs`.
         test_targets: as `train_targets`.
         classes: number of classes, for `language` the vocabulary size.
@@ -35,6 +38,8 @@ class Dataset:
         mean: per channel on the 0..1 scale, images only.
         std: as `mean`.
         augment: whether training crops (pad 4) and flips at random; done on the device, not here.
+        tokens: what the tokens are, for text and language.
+        metrics: what a model is scored by beside loss and accuracy.
     """
 
     kind: Literal["image", "language", "text"]
@@ -48,6 +53,8 @@ class Dataset:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     augment: bool = False
+    tokens: Tokens = BYTES
+    metrics: tuple[Metric, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, ...]:

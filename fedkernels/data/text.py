@@ -1,22 +1,19 @@
-"""Text datasets as byte tokens: a bundled corpus for language models, GLUE-format files for classification."""
+"""Text datasets as rows of tokens: a bundled corpus for language models, GLUE-format files for classification."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from .datasets import Count, Dataset, Fraction
-
-_PAD, _SEPARATOR = 0, 1
-# The two bytes with a meaning become spaces where a text happens to contain them.
-_FREE = bytes.maketrans(bytes((_PAD, _SEPARATOR)), b"  ")
+from .datasets import Count, Dataset, Fraction, Metric
+from .tokens import make_tokenizer
 
 # Most specific first: QNLI has both `question` and `sentence`.
 _TEXT_COLUMNS = (
@@ -29,24 +26,37 @@ _TEXT_COLUMNS = (
 )
 _LABEL_COLUMNS = ("label", "gold_label", "is_duplicate", "Quality")
 _COLA_COLUMNS = ["source", "label", "mark", "sentence"]
+# What the benchmark scores a task by beside accuracy, where its columns give the task away.
+_METRICS: dict[str, tuple[Metric, ...]] = {"mark": ("matthews",), "Quality": ("f1",), "is_duplicate": ("f1",)}
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Texts of every sample, their labels as written, and how the benchmark scores such a file."""
+
+    texts: list[list[str]] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    metrics: tuple[Metric, ...] = ()
 
 
 @dataclass(frozen=True)
 class Topics:
-    """Python's own help text (`pydoc_data.topics`) for a byte-level language model; a topic is a natural client.
+    """Python's own help text (`pydoc_data.topics`) for a language model; a topic is a natural client.
 
     The text is that of the running Python, so it differs a little between Python versions.
 
     Args:
-        length: tokens per sequence, a byte each.
+        length: tokens per sequence.
         test_fraction: share held out at the end of every topic that is long enough to spare a sequence.
+        tokenizer: directory of a tokenizer of `transformers`; null for bytes, or for that of a model's directory.
     """
 
     length: Count = 64
     test_fraction: Fraction = 0.1
+    tokenizer: str | None = None
 
     def load(self) -> Dataset:
-        """Cut every topic into sequences of `length + 1` bytes: inputs, and targets one byte ahead.
+        """Cut every topic into sequences of `length + 1` tokens: inputs, and targets one token ahead.
 
         A topic shorter than one sequence joins the next one by name (the last one joins the one before).
 
@@ -60,18 +70,19 @@ class Topics:
         """
         from pydoc_data.topics import topics
 
-        texts = [b""]
+        tokenizer = make_tokenizer(self.tokenizer)
+        texts = [tokenizer.ids("")]
         for _, topic in sorted(topics.items()):
             if len(texts[-1]) > self.length:
-                texts.append(b"")
-            texts[-1] += topic.encode()
+                texts.append(tokenizer.ids(""))
+            texts[-1] = np.concatenate([texts[-1], tokenizer.ids(topic)])
         if len(texts) > 1 and len(texts[-1]) <= self.length:
             short = texts.pop()
-            texts[-1] += short
+            texts[-1] = np.concatenate([texts[-1], short])
         train, test, groups = [], [], []
         for group, text in enumerate(texts):
             n = len(text) // (self.length + 1)
-            rows = np.frombuffer(text, np.uint8, n * (self.length + 1)).reshape(n, self.length + 1)
+            rows = text[: n * (self.length + 1)].reshape(n, self.length + 1)
             kept = n - int(n * self.test_fraction)
             train.append(rows[:kept])
             test.append(rows[kept:])
@@ -79,7 +90,7 @@ class Topics:
         if not sum(map(len, test)):
             raise ValueError(
                 f"length = {self.length} and test_fraction = {self.test_fraction} hold out no sequence: the longest "
-                f"topic has {max(map(len, texts))} bytes"
+                f"topic has {max(map(len, texts))} tokens"
             )
         train_rows, test_rows = (torch.from_numpy(np.concatenate(rows)) for rows in (train, test))
         group_of = torch.tensor(groups)
@@ -89,32 +100,41 @@ class Topics:
             train_targets=train_rows[:, 1:].contiguous(),
             test_inputs=test_rows[:, :-1].contiguous(),
             test_targets=test_rows[:, 1:].contiguous(),
-            classes=256,
+            classes=tokenizer.tokens.vocabulary,
             labels=group_of,
             groups=group_of,
+            tokens=tokenizer.tokens,
+            metrics=("perplexity",),
         )
 
 
 @dataclass(frozen=True)
 class Glue:
-    """GLUE-format text classification: `train` and `dev` files (TSV or CSV) of a folder, as bytes.
+    """GLUE-format text classification: `train` and `dev` files (TSV or CSV) of a folder, or generated reviews.
 
-    The sentences' UTF-8 bytes are joined by byte 1 and padded with byte 0; what is too long loses the ends of its
-    longest sentences. Classes are the labels that occur in training, sorted (as numbers where all are integers).
+    As bytes, the sentences are joined by byte 1 and padded with byte 0; a tokenizer has its own ways. What is too long
+    loses the ends of its longest sentences. Classes are the labels that occur in training, sorted (as numbers where all
+    are integers).
 
     Args:
-        path: folder with `train.tsv` or `train.csv`, and `dev` likewise (or MNLI's `dev_matched`), the test set.
+        path: folder with `train.tsv` or `train.csv`, and `dev` likewise (or MNLI's `dev_matched`), the test set; null
+            for short generated reviews, good or bad.
         columns: the text columns; empty: by the column names of the GLUE tasks.
         label: the label column; empty: `label`, `gold_label`, `is_duplicate` or `Quality`, whichever there is.
-        length: bytes per sample.
+        length: tokens per sample.
         drop_malformed: leave out rows with a wrong number of columns (QQP has some) instead of refusing the file.
+        tokenizer: directory of a tokenizer of `transformers`; null for bytes, or for that of a model's directory.
+        metrics: what to score by beside accuracy, `matthews` or `f1` (of the second class); null: Matthews correlation
+            for files like CoLA's, F1 for those like MRPC's and QQP's.
     """
 
-    path: str
+    path: str | None = None
     columns: tuple[str, ...] = ()
     label: str = ""
     length: Count = 128
     drop_malformed: bool = False
+    tokenizer: str | None = None
+    metrics: tuple[Literal["matthews", "f1"], ...] | None = None
 
     def load(self) -> Dataset:
         """Read both files.
@@ -123,51 +143,61 @@ class Glue:
             FileNotFoundError: a file is missing.
             ValueError: a file is malformed, lacks a column, or has a label that training has not.
         """
-        train_file, dev_file = _find(self.path, "train"), _find(self.path, "dev", "dev_matched")
-        train_inputs, train_labels = self._read(train_file)
-        test_inputs, test_labels = self._read(dev_file)
-        numeric = all(label.removeprefix("-").isdecimal() for label in train_labels)
-        names = sorted(set(train_labels), key=int if numeric else str)
+        tokenizer = make_tokenizer(self.tokenizer)
+        if self.path is None:
+            train, dev = _reviews(600, seed=0), _reviews(200, seed=1)
+            train_name, dev_name = "the generated reviews", "the generated reviews"
+        else:
+            train_file, dev_file = _find(self.path, "train"), _find(self.path, "dev", "dev_matched")
+            train, dev = self._read(train_file), self._read(dev_file)
+            train_name, dev_name = train_file.name, str(dev_file)
+        numeric = all(label.removeprefix("-").isdecimal() for label in train.labels)
+        names = sorted(set(train.labels), key=int if numeric else str)
         number = {name: c for c, name in enumerate(names)}
-        if unknown := sorted(set(test_labels) - set(number)):
-            raise ValueError(f"{dev_file}: label {unknown[0]!r} is not one of {train_file.name}'s: {', '.join(names)}")
-        targets = torch.tensor([number[label] for label in train_labels])
+        if unknown := sorted(set(dev.labels) - set(number)):
+            raise ValueError(f"{dev_name}: label {unknown[0]!r} is not one of {train_name}'s: {', '.join(names)}")
+        metrics: tuple[Metric, ...] = train.metrics if self.metrics is None else self.metrics
+        if "f1" in metrics and len(names) != 2:
+            raise ValueError(f"metrics: f1 needs two classes, and {train_name} has {len(names)}: {', '.join(names)}")
+        targets = torch.tensor([number[label] for label in train.labels])
         return Dataset(
             kind="text",
-            train_inputs=train_inputs,
+            train_inputs=tokenizer.rows(train.texts, self.length),
             train_targets=targets,
-            test_inputs=test_inputs,
-            test_targets=torch.tensor([number[label] for label in test_labels]),
+            test_inputs=tokenizer.rows(dev.texts, self.length),
+            test_targets=torch.tensor([number[label] for label in dev.labels]),
             classes=len(names),
             labels=targets,
             groups=None,
+            tokens=tokenizer.tokens,
+            metrics=metrics,
         )
 
-    def _read(self, file: Path) -> tuple[Tensor, list[str]]:
-        """Byte tokens uint8 `[n, length]` and the labels as written."""
+    def _read(self, file: Path) -> _Samples:
         rows: Iterator[tuple[int, list[str]]] = _rows(file)
         number, header = next(rows, (0, [""]))
         if len(header) == 4 and header[1] in ("0", "1") and header[2] in ("", "*"):  # CoLA comes without a header
             rows, header = chain([(number, header)], rows), _COLA_COLUMNS
-        texts = [header.index(name) for name in self._columns(file, header)]
-        label = header.index(self._label(file, header))
-        if self.length < 2 * len(texts):
+        columns, label_name = self._columns(file, header), self._label(file, header)
+        if self.length < 2 * len(columns):
             raise ValueError(
-                f"length = {self.length}: expected at least {2 * len(texts)} for {len(texts)} text columns"
+                f"length = {self.length}: expected at least {2 * len(columns)} for {len(columns)} text columns"
             )
-        tokens, labels = bytearray(), []
+        samples = _Samples(metrics=_METRICS.get("mark" if header is _COLA_COLUMNS else label_name, ()))
+        at, label = [header.index(name) for name in columns], header.index(label_name)
         for number, row in rows:
             if len(row) == len(header) and row[label]:
-                tokens += _encode([row[i].encode() for i in texts], self.length)
-                labels.append(row[label])
+                samples.texts.append([row[i] for i in at])
+                samples.labels.append(row[label])
             elif not self.drop_malformed:
+                found = f"no {label_name}" if len(row) == len(header) else f"{len(row)} columns"
                 raise ValueError(
-                    f"{file}, line {number}: expected {len(header)} columns and a label, found {len(row)} columns; "
-                    "drop_malformed leaves such rows out"
+                    f"{file}, line {number}: expected {len(header)} columns and a label in column {label + 1} "
+                    f"({label_name}), found {found}; drop_malformed leaves such rows out"
                 )
-        if not labels:
+        if not samples.labels:
             raise ValueError(f"{file}: expected a header and at least one row, found {number} lines and no row")
-        return torch.frombuffer(tokens, dtype=torch.uint8).view(len(labels), self.length), labels
+        return samples
 
     def _columns(self, file: Path, header: list[str]) -> tuple[str, ...]:
         known = (self.columns,) if self.columns else _TEXT_COLUMNS
@@ -209,10 +239,16 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"{file}: truncated or corrupt file of {file.stat().st_size} bytes: {error}") from error
 
 
-def _encode(texts: list[bytes], length: int) -> bytes:
-    """`texts` joined by the separator in exactly `length` bytes; the longest are cut first."""
-    room, kept = length - (len(texts) - 1), list(texts)
-    for left, i in zip(range(len(texts), 0, -1), sorted(range(len(texts)), key=lambda i: len(texts[i])), strict=True):
-        kept[i] = texts[i][: room // left]
-        room -= len(kept[i])
-    return bytes((_SEPARATOR,)).join(text.translate(_FREE) for text in kept).ljust(length, bytes((_PAD,)))
+def _reviews(samples: int, seed: int) -> _Samples:
+    """Generated sentences such as "the plot was never dull", labelled by what they say: 1 for praise."""
+    rng = np.random.Generator(np.random.Philox(seed))
+    things = ("plot", "acting", "music", "ending", "film", "dialogue", "pace", "cast")
+    words = (("dull", "clumsy", "awful", "tedious", "weak"), ("fresh", "moving", "superb", "witty", "strong"))
+    adverbs = (("", "very ", "simply ", "often "), ("not ", "never ", "hardly "))
+    drawn = _Samples()
+    for _ in range(samples):
+        praise, negated = (int(bit) for bit in rng.integers(2, size=2))
+        adverb, word = rng.choice(adverbs[negated]), rng.choice(words[praise ^ negated])
+        drawn.texts.append([f"the {rng.choice(things)} was {adverb}{word}"])
+        drawn.labels.append(str(praise))
+    return drawn

@@ -148,8 +148,10 @@ class Engine:
         if not 1 <= cohort <= self.population:
             raise ValueError(f"cohort is {cohort}, expected 1 to the number of clients, {self.population}")
         if ranks > cohort:
-            trainers = "ranks" if shards == 1 else f"groups of {shards} ranks"
-            raise ValueError(f"{ranks} {trainers} for a cohort of {cohort}: some would have no client; start fewer ranks")
+            who = "ranks" if shards == 1 else f"groups of {shards} ranks"
+            raise ValueError(
+                f"{ranks} {who} for a cohort of {cohort}: some would have no client; start fewer ranks"
+            )
         sizes = partition.sizes
         if (empty := np.flatnonzero(sizes == 0)).size:
             raise ValueError(f"client {empty[0]} has no sample ({empty.size} of {self.population} clients are empty)")
@@ -208,12 +210,12 @@ class Engine:
             group, together = self.collectives.group, self.settings.clients_per_batch or 1
             why = f"each on {group.size} ranks by {self.settings.sharding}"
             self.choice = Choice("loop", together, why) if choice is None else replace(choice, evaluator="loop")
-            self._evaluator = ShardedLoop(self.objective, self._bound, group)
+            self._evaluator = ShardedLoop(self.objective, self._bound, group, self.settings.microbatch_size)
             return self.choice
         bound = self._bound
 
         def make(choice: Choice) -> Evaluator:
-            return make_evaluator(choice, self.objective, self.layout, bound)
+            return make_evaluator(choice, self.objective, self.layout, bound, self.settings.microbatch_size)
 
         if choice is None:
             most = -(-self.settings.cohort // self.collectives.world_size)
@@ -481,7 +483,7 @@ class Engine:
         return int(self.collectives.group.sum(counted))
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy of the server model on the test set, shared out over ranks."""
+        """Loss, accuracy and the task's own metrics of the server model on the test set, shared out over ranks."""
         module = self.objective.module
         self._bound.bind(self.server.x, None)
         module.eval()
@@ -489,7 +491,7 @@ class Engine:
         share = -(-samples // collectives.processes)
         first = collectives.process_rank * share
         stop = min(samples, first + share)
-        sums = torch.zeros(3, dtype=torch.float64, device=self.objective.device)
+        sums = torch.zeros(self.objective.n_sums, dtype=torch.float64, device=self.objective.device)
         for at in range(first, first + share, EVAL_BATCH):
             if at < stop:
                 sums += self.objective.evaluate(slice(at, min(stop, at + EVAL_BATCH)))
@@ -497,8 +499,7 @@ class Engine:
                 self.objective.evaluate(slice(0, 1))  # a sharded module computes on all ranks of its group
         module.train()
         collectives.group.sum(collectives.all_reduce(sums))
-        loss, correct, counted = sums.tolist()
-        return {"test_loss": loss / counted, "test_accuracy": correct / counted}
+        return self.objective.scores(sums)
 
     def named_parameters(self) -> dict[str, Tensor]:
         """The server model by parameter name, as views; where it is sharded, all ranks of a group call this, and the
@@ -507,3 +508,9 @@ class Engine:
             return self.layout.views(self.server.x)
         x = self.layout.gather(self.server.x)
         return {} if x is None else self.layout.whole.views(x)
+
+    def frozen_parameters(self) -> dict[str, Tensor]:
+        """The parameters that are not trained; where they are sharded, as `named_parameters`."""
+        if not isinstance(self._bound, BoundModule):
+            return self._bound.frozen()
+        return {name: p.detach() for name, p in self.objective.module.named_parameters() if not p.requires_grad}

@@ -1,7 +1,8 @@
 """Ways to compute the gradients of `C` clients, behind one signature.
 
 `loop` binds the module to one client's row after another; `batched` runs all clients in one vectorised pass;
-`compiled` is `loop` through `torch.compile`; `auto` times `loop` and `batched` and takes the faster.
+`compiled` is `loop` through `torch.compile`; `auto` times `loop` and `batched` and takes the faster. Each can take a
+mini-batch in pieces, whose gradients add up to the whole one's.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -47,46 +48,87 @@ class BoundModule:
         self._bound = (row, grad_row)
 
 
+def pieces(batch: Batch, size: int | None) -> list[tuple[Batch, Tensor | float | None]]:
+    """A mini-batch cut into pieces of at most `size` samples, each with what its sum of losses is divided by.
+
+    That is the number of samples of the whole mini-batch that count, `[C]` where some are padding; None where the
+    mini-batch is left whole.
+    """
+    samples = batch.targets.shape[1]
+    if size is None or size >= samples:
+        return [(batch, None)]
+    count = samples if batch.weights is None else batch.weights.sum(1)
+    cut = [
+        replace(
+            batch,
+            inputs=batch.inputs[:, at : at + size],
+            targets=batch.targets[:, at : at + size],
+            weights=None if batch.weights is None else batch.weights[:, at : at + size],
+        )
+        for at in range(0, samples, size)
+    ]
+    return [(piece, count) for piece in cut]
+
+
 class Loop:
     """One client after another; gradients land in flat memory by backward itself."""
 
-    def __init__(self, objective: Objective, bound: BoundModule, *, compiled: bool = False) -> None:
+    def __init__(
+        self, objective: Objective, bound: BoundModule, *, compiled: bool = False, microbatch_size: int | None = None
+    ) -> None:
         self._objective = objective
         self._bound = bound
+        self._microbatch_size = microbatch_size
         self._forward: Callable[[Tensor], Tensor] = torch.compile(objective.module) if compiled else objective.module
 
     def __call__(self, y: Tensor, batch: Batch, g: Tensor) -> Tensor:
         g.zero_()
         losses = torch.zeros(len(y), dtype=y.dtype, device=y.device)
         active = [True] * len(y) if batch.active is None else batch.active.tolist()
+        cut = pieces(batch, self._microbatch_size)
         for c in range(len(y)):
             if active[c]:
                 self._bound.bind(y[c], g[c])
-                weights = None if batch.weights is None else batch.weights[c]
-                loss = self._objective.loss(self._forward, batch.inputs[c], batch.targets[c], weights)
-                loss.backward()
-                losses[c] = loss.detach()
+                for piece, count in cut:
+                    weights = None if piece.weights is None else piece.weights[c]
+                    of = count[c] if isinstance(count, Tensor) else count
+                    loss = self._objective.loss(self._forward, piece.inputs[c], piece.targets[c], weights, of)
+                    loss.backward()
+                    losses[c] += loss.detach()
         return losses
 
 
 class Batched:
     """All clients in one `vmap` over rows of `y`; a single split and concatenation per client, no copies by name."""
 
-    def __init__(self, objective: Objective, layout: Layout) -> None:
-        def loss(row: Tensor, inputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-            views = layout.views(row)
-            return objective.loss(lambda x: functional_call(objective.module, views, (x,)), inputs, targets, weights)
+    def __init__(self, objective: Objective, layout: Layout, *, microbatch_size: int | None = None) -> None:
+        if any(getattr(child, "gradient_checkpointing", False) for child in objective.module.modules()):
+            raise ValueError("activation_checkpointing computes again in a backward pass that vmap does not have")
 
-        self._weighted = vmap(grad_and_value(loss), randomness="different")
-        self._plain = vmap(grad_and_value(loss), in_dims=(0, 0, 0, None), randomness="different")
+        def loss(
+            row: Tensor, inputs: Tensor, targets: Tensor, weights: Tensor | None, count: Tensor | float | None
+        ) -> Tensor:
+            def forward(x: Tensor) -> Tensor:
+                return functional_call(objective.module, views, (x,))
+
+            views = layout.views(row)
+            return objective.loss(forward, inputs, targets, weights, count)
+
+        self._gradient = grad_and_value(loss)
+        self._microbatch_size = microbatch_size
 
     def __call__(self, y: Tensor, batch: Batch, g: Tensor) -> Tensor:
-        run = self._plain if batch.weights is None else self._weighted
+        losses = torch.zeros(len(y), dtype=y.dtype, device=y.device)
         # The fused attention of a CPU has no batching rule and would run client by client; the plain one has.
         with nullcontext() if y.is_cuda else sdpa_kernel(SDPBackend.MATH):
-            gradients, losses = run(y, batch.inputs, batch.targets, batch.weights)
-        g.copy_(gradients)
-        return losses.detach()
+            g.zero_()
+            for piece, count in pieces(batch, self._microbatch_size):
+                own = (0 if piece.weights is not None else None, 0 if isinstance(count, Tensor) else None)
+                run = vmap(self._gradient, in_dims=(0, 0, 0, *own), randomness="different")
+                gradients, part = run(y, piece.inputs, piece.targets, piece.weights, count)
+                g.add_(gradients)
+                losses += part.detach()
+        return losses
 
 
 @dataclass(frozen=True)
@@ -98,10 +140,12 @@ class Choice:
     why: str
 
 
-def make_evaluator(choice: Choice, objective: Objective, layout: Layout, bound: BoundModule) -> Evaluator:
+def make_evaluator(
+    choice: Choice, objective: Objective, layout: Layout, bound: BoundModule, microbatch_size: int | None = None
+) -> Evaluator:
     if choice.evaluator == "batched":
-        return Batched(objective, layout)
-    return Loop(objective, bound, compiled=choice.evaluator == "compiled")
+        return Batched(objective, layout, microbatch_size=microbatch_size)
+    return Loop(objective, bound, compiled=choice.evaluator == "compiled", microbatch_size=microbatch_size)
 
 
 def choose(

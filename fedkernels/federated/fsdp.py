@@ -63,13 +63,22 @@ class Fsdp2:
         assert row is not None
         for parameter, run in self._sharded:
             if parameter.grad is not None:  # a parameter that the loss does not depend on keeps zeros
-                row[run] = _local(parameter.grad).flatten()
+                row[run] += _local(parameter.grad).flatten()
                 parameter.grad = None
         if self._scalars:
             grads = [row.new_zeros(()) if p.grad is None else p.grad for p, _ in self._scalars]
             for (parameter, run), grad in zip(self._scalars, self._group.sum(torch.stack(grads)), strict=True):
-                row[run] = grad
+                row[run] += grad
                 parameter.grad = None
+
+    def frozen(self) -> dict[str, Tensor]:
+        found = {}
+        for name, parameter in self._module.named_parameters():
+            if not parameter.requires_grad:
+                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                if self._group.index == 0:
+                    found[name] = whole.detach().cpu()
+        return found
 
 
 def _local(value: Tensor) -> Tensor:

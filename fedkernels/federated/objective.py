@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.datasets import Dataset
+from .scores import SCORES
 
 CROP_PADDING = 4
 Precision = Literal["fp32", "bf16"]
@@ -41,6 +42,8 @@ class Objective:
         self.precision = precision
         self.kind = data.kind
         self.augment = data.augment
+        self.classes = data.classes
+        self.metrics = data.metrics
         parameter = next(module.parameters())
         self.dtype = parameter.dtype
         # Convolutions run faster on channels-last activations; a patch projection is a matrix product in disguise.
@@ -88,7 +91,12 @@ class Objective:
         return torch.addcmul(self._shift, images, self._scale)
 
     def loss(
-        self, forward: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, weights: Tensor | None
+        self,
+        forward: Callable[[Tensor], Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        count: Tensor | float | None = None,
     ) -> Tensor:
         """Mean cross-entropy over the samples of weight 1, a scalar.
 
@@ -96,27 +104,64 @@ class Objective:
             forward: inputs `[b, ...]` to logits.
             targets: `[b, ...]` labels, or the quantiles at which to draw them from the softmax of the logits.
             weights: `[b]`, 1 or 0.
+            count: the number of samples to divide by, where these are a piece of a mini-batch; None for theirs.
         """
         with self.autocast():
             logits = forward(inputs)
         if targets.is_floating_point():
             targets = sample_labels(logits.detach().to(self.dtype), targets)
-        if weights is None:
+        if weights is None and count is None:
             return F.cross_entropy(logits.flatten(0, -2).to(self.dtype), targets.flatten())
-        return (self._per_sample(logits, targets) * weights).sum() / weights.sum()
+        losses = self._per_sample(logits, targets)
+        total = (losses if weights is None else losses * weights).sum()
+        if count is not None:
+            return total / count
+        assert weights is not None
+        return total / weights.sum()
 
     def _per_sample(self, logits: Tensor, targets: Tensor) -> Tensor:
         losses = F.cross_entropy(logits.flatten(0, -2).to(self.dtype), targets.flatten(), reduction="none")
         return losses.view(targets.shape).flatten(1).mean(1) if targets.dim() > 1 else losses
 
     def evaluate(self, part: slice) -> Tensor:
-        """Sums over test samples `part`: `[loss, accuracy, samples]` in float64; a sequence counts as one sample."""
+        """What `scores` needs, summed over test samples `part`, in float64.
+
+        `[loss, accuracy, samples]`, where a sequence counts as one sample, and the flat confusion matrix, of targets by
+        predictions, where a metric is made of it.
+        """
         inputs, targets = self.test_batch(part)
         with torch.no_grad(), self.autocast():
             logits = self.module(inputs)
-        hits = (logits.argmax(-1) == targets).double().view(len(targets), -1).mean(1)
+        predicted = logits.argmax(-1)
+        hits = (predicted == targets).double().view(len(targets), -1).mean(1)
         samples = torch.tensor(len(targets), dtype=torch.float64, device=self.device)
-        return torch.stack([self._per_sample(logits, targets).sum(dtype=torch.float64), hits.sum(), samples])
+        sums = torch.stack([self._per_sample(logits, targets).sum(dtype=torch.float64), hits.sum(), samples])
+        if not self._confused:
+            return sums
+        cells = torch.bincount((targets * self.classes + predicted).flatten(), minlength=self.classes**2)
+        return torch.cat([sums, cells.double()])
+
+    @property
+    def _confused(self) -> bool:
+        return any(SCORES[name].of_confusion for name in self.metrics)
+
+    @property
+    def n_sums(self) -> int:
+        """Length of what `evaluate` returns."""
+        return 3 + (self.classes**2 if self._confused else 0)
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """The keys of `scores`."""
+        return ("test_loss", "test_accuracy", *(f"test_{name}" for name in self.metrics))
+
+    def scores(self, sums: Tensor) -> dict[str, float]:
+        """The metrics of the whole test set, from the sum of `evaluate` over all of its parts."""
+        loss, hits, samples = sums[:3].tolist()
+        confusion = sums[3:].view(self.classes, self.classes).cpu().numpy() if self._confused else None
+        values = [loss / samples, hits / samples]
+        values += [SCORES[name].value(loss / samples, confusion) for name in self.metrics]
+        return dict(zip(self.score_names, values, strict=True))
 
     def autocast(self) -> AbstractContextManager[object]:
         if self.precision == "bf16":

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..contract import Algorithm, Batch
 from ..wire import Wire
 from .collectives import Collectives
-from .evaluators import Evaluator
+from .evaluators import Evaluator, pieces
 from .groups import ClientGroup
 from .objective import Objective
 from .sharding import WHOLE, Cut, ShardedLayout
@@ -82,25 +82,27 @@ def shard(
 
 
 def share_of(batch: Batch, group: ClientGroup) -> tuple[Batch, Tensor]:
-    """This rank's samples of every client's mini-batch, and the share `[C]` they have of its weight.
+    """This rank's samples of every client's mini-batch, and how many of them count, `[C]`.
 
-    The losses of the ranks, each a mean over its samples, times the shares add up to the mean over the mini-batch. A
-    rank without samples gets one of share 0, since it takes part in what the group computes together.
+    The mean losses of the ranks over their samples, times these counts, add up to the sum over the mini-batch. A rank
+    without samples gets one that does not count, since it takes part in what the group computes together.
     """
     clients, size = batch.targets.shape[:2]
-    mine = slice(group.index, None, group.size) if group.index < size else slice(0, 1)
+    some = group.index < size
+    mine = slice(group.index, None, group.size) if some else slice(0, 1)
     inputs, targets = batch.inputs[:, mine], batch.targets[:, mine]
+    part = replace(batch, inputs=inputs, targets=targets)
     if batch.weights is None:
-        samples = targets.shape[1] if group.index < size else 0
-        return replace(batch, inputs=inputs, targets=targets), inputs.new_full(
-            (clients,), samples / size, dtype=torch.float64
-        )
+        return part, torch.full((clients,), float(some * targets.shape[1]), device=inputs.device)
     weights = batch.weights[:, mine]
-    held = weights.sum(1) if group.index < size else weights.new_zeros(clients)
-    # Padding lies at the end, so a rank of which all samples are padding has them in place of others.
-    weights = torch.where(held[:, None] > 0, weights, 1)
-    share = held.double() / batch.weights.sum(1).clamp(min=1)
-    return replace(batch, inputs=inputs, targets=targets, weights=weights), share
+    count = weights.sum(1) * some
+    # A rank of which all samples are padding has them in the place of others.
+    return replace(part, weights=torch.where(count[:, None] > 0, weights, 1)), count
+
+
+def size_of(batch: Batch) -> Tensor | int:
+    """How many samples of every client's mini-batch count, `[C]` where some are padding."""
+    return batch.targets.shape[1] if batch.weights is None else batch.weights.sum(1).clamp(min=1)
 
 
 class DataParallel:
@@ -111,9 +113,9 @@ class DataParallel:
         self._group = group
 
     def __call__(self, y: Tensor, batch: Batch, g: Tensor) -> Tensor:
-        part, share = share_of(batch, self._group)
+        part, count = share_of(batch, self._group)
         losses = self._inner(y, part, g)
-        share = share.to(y.dtype)
+        share = count.to(y.dtype) / size_of(batch)
         g.mul_(share[:, None])
         self._group.sum(g)
         return self._group.sum(losses * share)
@@ -131,29 +133,44 @@ class ShardedModule(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Write this rank's shard of the sum of all ranks' gradients to the bound row."""
+        """Add this rank's shard of the sum of all ranks' gradients to the bound row."""
+        ...
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Whole parameters that are not trained, on the host of the group's first rank; all its ranks call it."""
         ...
 
 
 class ShardedLoop:
-    """One client after another, each by the whole group."""
+    """One client after another, each by the whole group.
 
-    def __init__(self, objective: Objective, module: ShardedModule, group: ClientGroup) -> None:
+    Args:
+        microbatch_size: samples of a forward and backward pass on each rank; None for all it has of a mini-batch.
+    """
+
+    def __init__(
+        self, objective: Objective, module: ShardedModule, group: ClientGroup, microbatch_size: int | None = None
+    ) -> None:
         self._objective = objective
         self._module = module
         self._group = group
+        self._piece_size = None if microbatch_size is None else microbatch_size * group.size
 
     def __call__(self, y: Tensor, batch: Batch, g: Tensor) -> Tensor:
         g.zero_()
         losses = torch.zeros(len(y), dtype=y.dtype, device=y.device)
         active = [True] * len(y) if batch.active is None else batch.active.tolist()
-        part, share = share_of(batch, self._group)
-        share = share.to(y.dtype)
+        # Cut before it is shared out, so that all ranks pass through the model equally often.
+        cut = [share_of(piece, self._group) for piece, _ in pieces(batch, self._piece_size)]
+        size = size_of(batch)
+        shares = [count.to(y.dtype) / size for _, count in cut]
         for c in range(len(y)):
             if active[c]:
                 self._module.bind(y[c], g[c])
-                weights = None if part.weights is None else part.weights[c]
-                loss = self._objective.loss(self._module.forward, part.inputs[c], part.targets[c], weights) * share[c]
-                self._module.backward(loss)
-                losses[c] = loss.detach()
+                for (part, _), share in zip(cut, shares, strict=True):
+                    weights = None if part.weights is None else part.weights[c]
+                    loss = self._objective.loss(self._module.forward, part.inputs[c], part.targets[c], weights)
+                    loss = loss * share[c]
+                    self._module.backward(loss)
+                    losses[c] += loss.detach()
         return self._group.sum(losses)

@@ -26,6 +26,7 @@ class EngineSettings:
         weighting: `uniform` averages clients, `samples` weights them by their number of samples.
         clients_per_batch: clients a rank trains at once; None lets the evaluator decide.
         placement: `estimated` balances local steps over ranks, `measured` also each rank's measured speed.
+        microbatch_size: samples of a mini-batch that go forward and backward at once; None for all of them.
         reduce_dtype: of sums over clients; `float64` makes float32 results independent of ranks and their order.
         kernels: what optimizer steps and the other ops run on; `auto` takes the fastest backend that can run each.
         store_memory_bytes: client state held in memory per rank before pages are mapped from files.
@@ -46,6 +47,7 @@ class EngineSettings:
     codec: Codec | None = None
     evaluator: EvaluatorName = "auto"
     clients_per_batch: int | None = None
+    microbatch_size: int | None = None
     placement: Literal["estimated", "measured"] = "estimated"
     reduce_dtype: Literal["float64", "float32"] = "float64"
     on_nonfinite: Literal["error", "drop_client"] = "error"

@@ -104,6 +104,7 @@ class Zero3:
         )
         self._deepspeed = deepspeed
         self._size = layout.group.size
+        self._first = layout.group.index == 0
         self._runs = [(module.get_parameter(entry.name), slice(entry.start, entry.stop)) for entry in layout.entries]
         self._grad_row: Tensor | None = None
 
@@ -128,7 +129,16 @@ class Zero3:
         for parameter, run in self._runs:
             if run.start < run.stop:
                 grad = self._deepspeed.utils.safe_get_local_grad(parameter)
-                row[run] = grad[: run.stop - run.start]
+                row[run] += grad[: run.stop - run.start]
                 # Of a parameter that the next loss does not depend on, DeepSpeed would keep this gradient.
                 self._deepspeed.utils.safe_set_local_grad(parameter, torch.zeros_like(grad))
         self._engine.optimizer.zero_grad()
+
+    def frozen(self) -> dict[str, Tensor]:
+        found = {}
+        for name, parameter in self._engine.module.named_parameters():
+            if not parameter.requires_grad:
+                with self._deepspeed.zero.GatheredParameters(parameter):
+                    if self._first:
+                        found[name] = parameter.detach().cpu().clone()
+        return found

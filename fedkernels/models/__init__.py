@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from .attention import Gpt2, Vit
+from .image_transformers import Deit, Swin, Vit
+from .language import Gpt2, Llama, Roberta
+from .lora import Lora
+from .pretrained import Pretrained
+from .transformer import TransformerModule
 from .vision import Cnn, Cnn3x3, LeNet5, Mlp, ResNet18
 
 MODELS: dict[str, type] = {
@@ -12,7 +16,28 @@ MODELS: dict[str, type] = {
     "cnn3x3": Cnn3x3,
     "resnet18": ResNet18,
     "vit": Vit,
+    "deit": Deit,
+    "swin": Swin,
     "gpt2": Gpt2,
+    "llama": Llama,
+    "roberta": Roberta,
+    "pretrained": Pretrained,
 }
 
-__all__ = ["MODELS", "Cnn", "Cnn3x3", "Gpt2", "LeNet5", "Mlp", "ResNet18", "Vit"]
+__all__ = [
+    "MODELS",
+    "Cnn",
+    "Cnn3x3",
+    "Deit",
+    "Gpt2",
+    "LeNet5",
+    "Llama",
+    "Lora",
+    "Mlp",
+    "Pretrained",
+    "ResNet18",
+    "Roberta",
+    "Swin",
+    "TransformerModule",
+    "Vit",
+]

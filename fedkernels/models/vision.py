@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..data.tokens import BYTES, Tokens
 from ..layout import Role, infer_roles
 
 TaskKind = Literal["image", "language", "text"]
@@ -56,13 +57,14 @@ class Mlp(_WithHead):
 
     hidden: tuple[Size, ...] = (64,)
 
-    def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int, tokens: Tokens = BYTES) -> nn.Module:
         """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator.
 
         Args:
             kind: of the task; this model takes `image`.
             input_shape: of one sample, `(channels, height, width)`.
             classes: number of logits.
+            tokens: of texts; images have none.
 
         Example:
             >>> [tuple(p.shape) for p in Mlp((5,)).build("image", (1, 2, 2), 3).parameters()]
@@ -104,7 +106,7 @@ class LeNet5(_WithHead):
 
     width: Size = 1
 
-    def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int, tokens: Tokens = BYTES) -> nn.Module:
         """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator.
 
         Raises:
@@ -129,7 +131,7 @@ class Cnn(_WithHead):
     Reference: McMahan et al., Communication-efficient learning of deep networks from decentralized data, 2017.
     """
 
-    def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int, tokens: Tokens = BYTES) -> nn.Module:
         """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator.
 
         Raises:
@@ -149,7 +151,7 @@ class Cnn3x3(_WithHead):
     Reference: Reddi et al., Adaptive federated optimization, 2021.
     """
 
-    def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int, tokens: Tokens = BYTES) -> nn.Module:
         """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator.
 
         Raises:
@@ -211,7 +213,7 @@ class ResNet18(_WithHead):
     groups: Size = 2
     width: Size = 64
 
-    def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int, tokens: Tokens = BYTES) -> nn.Module:
         """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator.
 
         Raises:

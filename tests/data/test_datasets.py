@@ -394,8 +394,9 @@ def test_glue_names_missing_and_damaged_files(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             Glue(glue(folder, train, dev, suffix), **fields).load()  # type: ignore[arg-type]
 
-    fails("train.tsv, line 3: expected 2 columns and a label, found 1 columns", train=good[:-3])
-    fails("dev.tsv, line 3: expected 2 columns and a label, found 2 columns", dev=good[:-2] + "\n")
+    expected = r"line 3: expected 2 columns and a label in column 2 \(label\), found"
+    fails(f"train.tsv, {expected} 1 columns", train=good[:-3])
+    fails(f"dev.tsv, {expected} no label", dev=good[:-2] + "\n")
     fails("train.tsv: expected a header and at least one row, found 1 lines", train="sentence\tlabel\n")
     fails("train.tsv: expected the text columns sentence1 . sentence2 or", train="")
     fails("train.tsv: expected the label column label or .*, found sentence, score", train="sentence\tscore\nx\t2.5\n")

@@ -35,7 +35,7 @@ from fedkernels.contract import Batch
 from fedkernels.federated.collectives import Collectives
 from fedkernels.federated.fsdp import blocks_of
 from fedkernels.federated.groups import ClientGroup
-from fedkernels.federated.parallel import check_shardable, share_of
+from fedkernels.federated.parallel import check_shardable, share_of, size_of
 from fedkernels.federated.schedule import place, sample_cohort
 from fedkernels.federated.sharding import WHOLE, Cut, MatrixOwners, ShardedLayout, common, dealt
 from fedkernels.federated.zero import require_deepspeed
@@ -59,6 +59,7 @@ MORE: Runs = [
     ("fedcm", {}),
     ("fedacg", {}),
     ("feddyn", {"clients_per_batch": 6}),
+    ("fedavg", {"microbatch_size": 1, "clients_per_batch": 2}),
     ("fedlada", {}),
     ("fedsam", {}),
     ("mofedsam", {}),
@@ -329,10 +330,10 @@ def test_shares_of_a_mini_batch(size: int) -> None:
         batch = Batch(losses, torch.zeros(3, 4, dtype=torch.long), given, None)
         total = torch.zeros(3, dtype=torch.float64)
         for index in range(size):
-            part, share = share_of(batch, ClientGroup(index, size))
+            part, count = share_of(batch, ClientGroup(index, size))
             counted = torch.ones_like(part.inputs) if part.weights is None else part.weights
             assert (counted.sum(1) > 0).all()
-            total += share * (part.inputs * counted).sum(1) / counted.sum(1)
+            total += count / size_of(batch) * (part.inputs * counted).sum(1) / counted.sum(1)
         expected = losses.mean(1) if given is None else (losses * given).sum(1) / given.sum(1)
         torch.testing.assert_close(total, expected, rtol=1e-15, atol=1e-15)
 

@@ -15,8 +15,21 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fedkernels.layout import CurvatureBlocks, Layout
-from fedkernels.models import MODELS, Cnn, Cnn3x3, Gpt2, LeNet5, Mlp, ResNet18, Vit
-from fedkernels.models.attention import _attention
+from fedkernels.models import (
+    MODELS,
+    Cnn,
+    Cnn3x3,
+    Deit,
+    Gpt2,
+    LeNet5,
+    Llama,
+    Mlp,
+    ResNet18,
+    Roberta,
+    Swin,
+    Vit,
+)
+from fedkernels.models.attention import attention
 
 # Flash attention on CPU has no batching rule: vmap falls back to a loop over clients and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -24,6 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 CLASSES = 5
 TINY_VIT = Vit(dim=8, depth=2, heads=2, patch=4, mlp_ratio=2)
 TINY_GPT2 = Gpt2(dim=8, depth=2, heads=2)
+TINY_LLAMA = Llama(dim=8, depth=2, heads=4, key_heads=2, hidden=12)
 TINY = {
     "mlp": (Mlp(hidden=(7, 6)), "image", (1, 4, 4)),
     "lenet5": (LeNet5(), "image", (1, 8, 8)),
@@ -31,8 +45,13 @@ TINY = {
     "cnn3x3": (Cnn3x3(), "image", (1, 6, 6)),
     "resnet18": (ResNet18(width=2), "image", (3, 8, 8)),
     "vit": (TINY_VIT, "image", (3, 8, 8)),
+    "deit": (Deit(dim=8, depth=2, heads=2, patch=4, mlp_ratio=2), "image", (3, 8, 8)),
+    "swin": (Swin(dim=4, depths=(2, 2), heads=(1, 2), window=2, patch=2, mlp_ratio=2), "image", (3, 16, 16)),
     "gpt2": (TINY_GPT2, "language", (6,)),
     "gpt2-text": (TINY_GPT2, "text", (6,)),
+    "llama": (TINY_LLAMA, "language", (6,)),
+    "llama-text": (TINY_LLAMA, "text", (6,)),
+    "roberta": (Roberta(dim=8, depth=2, heads=2, mlp_ratio=2), "text", (6,)),
 }
 
 
@@ -64,7 +83,9 @@ def meta_count(config: object, shape: tuple[int, ...], classes: int, kind: str =
 
 
 def test_table_names_every_model() -> None:
-    assert set(MODELS) == {"mlp", "lenet5", "cnn", "cnn3x3", "resnet18", "vit", "gpt2"}
+    assert set(MODELS) == {
+        "mlp", "lenet5", "cnn", "cnn3x3", "resnet18", "vit", "deit", "swin", "gpt2", "llama", "roberta", "pretrained",
+    }  # fmt: skip
     for model in MODELS.values():
         assert dataclasses.is_dataclass(model)
         assert model.__dataclass_params__.frozen
@@ -81,7 +102,10 @@ def test_table_names_every_model() -> None:
         (ResNet18(), "image", (3, 32, 32), 10, 11_173_962),
         (ResNet18(), "image", (3, 224, 224), 1000, 11_689_512),
         (Vit(768, 12, 12, 16), "image", (3, 224, 224), 1000, 86_567_656),
+        (Deit(192, 12, 3, 16), "image", (3, 224, 224), 1000, 5_910_800 - 193_000),  # less the second head
+        (Swin(96, (2, 2, 6, 2), (3, 6, 12, 24), 7, 4), "image", (3, 224, 224), 1000, 28_288_354),
         (Gpt2(768, 12, 12), "language", (1024,), 50_257, 124_439_808),
+        (Llama(2048, 16, 32, 8, 8192), "language", (1024,), 128_256, 1_235_814_400),
     ],
 )
 def test_parameter_counts_are_the_published_ones(config, kind, shape, classes, published) -> None:
@@ -103,15 +127,25 @@ def test_parameter_counts_follow_closed_forms() -> None:
     d = 128
     layer = (3 * d * d + 3 * d) + (d * d + d) + (4 * d * d + 4 * d) + (4 * d * d + d) + 2 * 2 * d
     assert meta_count(Gpt2(), (64,), 96, "language") == (96 + 64) * d + 2 * layer + 2 * d
-    assert meta_count(Gpt2(), (64,), 3, "text") == (256 + 64) * d + 2 * layer + 2 * d + 3 * d + 3
+    assert meta_count(Gpt2(), (64,), 3, "text") == (256 + 64) * d + 2 * layer + 2 * d + 3 * d
+    layer = 2 * d * d + 2 * d * 64 + 3 * d * 352 + 2 * d
+    assert meta_count(Llama(), (64,), 96, "language") == 96 * d + 2 * layer + d
+    assert meta_count(Llama(), (64,), 3, "text") == 256 * d + 2 * layer + d + 3 * d
+    layer = 4 * (d * d + d) + (4 * d * d + 4 * d) + (4 * d * d + d) + 2 * 2 * d
+    head = d * d + d + 3 * d + 3
+    assert meta_count(Roberta(), (64,), 3, "text") == (256 + 65 + 1) * d + 2 * d + 2 * layer + head
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_logit_shapes_and_no_buffers(name: str) -> None:
+def test_logit_shapes_and_no_buffers_but_constants(name: str) -> None:
     module, kind, shape = build(name)
     x, _ = sample(kind, shape, 3)
     assert module(x).shape == ((3, *shape, CLASSES) if kind == "language" else (3, CLASSES))
-    assert not dict(module.named_buffers())
+    constants = {"position_ids", "token_type_ids", "relative_position_index", "inv_freq", "original_inv_freq"}
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    assert {name.rpartition(".")[2] for name in before} <= constants
+    module.train()(x)
+    assert all(torch.equal(value, before[name]) for name, value in module.named_buffers())
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -134,7 +168,7 @@ def test_batched_client_gradients_match_a_loop_over_clients(name: str) -> None:
             torch.testing.assert_close(batched[n][c], p.grad, rtol=0, atol=1e-10, msg=f"{n} of client {c}")
             assert p.grad is not None
             # Softmax cancels a key bias: it shifts every score of a query alike.
-            assert p.grad.abs().max() > 0 or "k_proj.bias" in n, n
+            assert p.grad.abs().max() > 0 or re.search(r"k_proj\.bias|self\.key\.bias", n), n
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -239,12 +273,10 @@ def test_text_classifier_matches_the_library_and_ignores_padding() -> None:
     from transformers import GPT2ForSequenceClassification
 
     module, _, _ = build("gpt2-text")
-    module.head.bias.data.zero_()
     oracle = GPT2ForSequenceClassification(
         gpt2_oracle_config(vocab_size=256, num_labels=CLASSES, pad_token_id=0)
     ).eval()
-    oracle.transformer.load_state_dict(module.model.state_dict())
-    oracle.score.weight.data = module.head.weight.data
+    oracle.load_state_dict(module.model.state_dict())
     x = torch.tensor([[3, 255, 7, 0, 0, 0], [9, 0, 4, 0, 0, 0], [1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 0]])
     torch.testing.assert_close(module(x), oracle(x).logits, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(module(x[:2, :3]), module(x[:2]), rtol=1e-4, atol=1e-6)
@@ -254,7 +286,7 @@ def test_text_classifier_matches_the_library_and_ignores_padding() -> None:
 def test_bf16_attention_is_the_formula_up_to_rounding(causal: bool) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 7, 8).bfloat16() for _ in range(3))
-    out, _ = _attention(SimpleNamespace(is_causal=causal), q, k, v, None, scaling=0.5)
+    out, _ = attention(SimpleNamespace(is_causal=causal), q, k, v, None, scaling=0.5)
     scores = 0.5 * q.double() @ k.double().mT
     if causal:
         scores = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -math.inf)
@@ -272,11 +304,11 @@ def test_roles_say_what_every_parameter_is() -> None:
         roles = TINY[name][0].roles(module)
         assert list(roles) == [n for n, _ in module.named_parameters()]
         for n, p in module.named_parameters():
-            if "embeddings.cls_token" in n or "position_embeddings" in n or ".wte." in n or ".wpe." in n:
+            if re.search(r"_token$|position_embeddings|_embeddings\.weight|embed_tokens|\.wte\.|\.wpe\.|bias_table", n):
                 kind = "embedding"
-            elif n in ("head.weight", "model.classifier.weight"):
+            elif re.fullmatch(r"head.weight|model.(classifier|score|classifier.out_proj).weight", n):
                 kind = "head"
-            elif "norm" in n or ".ln_" in n or ".shortcut.1." in n:
+            elif "norm" in n.lower() or ".ln_" in n or ".shortcut.1." in n:
                 kind = "norm"
             else:
                 kind = "matrix" if p.dim() > 1 else "bias"
@@ -312,7 +344,7 @@ def test_gpt2_curvature_blocks_and_slabs(name: str) -> None:
     module, kind, (length,) = build(name)
     layout = Layout.of(module, TINY_GPT2.roles(module))
     dim, heads = 8, 2
-    vocabulary, head = (CLASSES, 0) if kind == "language" else (256, 2 * CLASSES)
+    vocabulary, head = (CLASSES, 0) if kind == "language" else (256, CLASSES)
     layer = (2 * heads + dim + 3 * dim) + (dim + dim) + (4 * dim + 4 * dim) + (dim + dim) + 4
     assert CurvatureBlocks(layout, "hessian").size == vocabulary + length + 2 * layer + 2 + head
     slabs = {(s.count, s.rows, s.cols, s.scale) for s in layout.slabs}
@@ -342,6 +374,12 @@ def expand_means(layout: Layout, v: Tensor) -> Tensor:
         (Vit(), "text", (64,), "vit takes images"),
         (Gpt2(), "image", (3, 8, 8), r"gpt2 takes language or text .* not image"),
         (Gpt2(dim=10), "text", (8,), "dim 10 .* heads 4"),
+        (Llama(heads=6, dim=12, key_heads=4), "language", (8,), "heads 6 .* key_heads 4"),
+        (Roberta(), "language", (8,), "roberta classifies texts.* not language"),
+        (Deit(), "text", (8,), "deit takes images"),
+        (Swin(patch=3), "image", (3, 32, 32), "32x32 .* patch 3"),
+        (Swin(depths=(2,)), "image", (3, 32, 32), r"depths \(2,\) and heads \(3, 6\)"),
+        (Swin(heads=(3, 3)), "image", (3, 32, 32), r"heads \(3, 3\) must double"),
     ],
 )
 def test_build_refuses_what_the_model_cannot_take(config, kind, shape, message) -> None:

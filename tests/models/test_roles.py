@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedkernels.layout import CurvatureBlocks, Layout
-from fedkernels.models.attention import transformer_roles
+from fedkernels.models.roles import transformer_roles
 
 transformers = pytest.importorskip("transformers")
 

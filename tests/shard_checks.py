@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import adapters
 import numpy as np
 import torch
 from support import tiny_engine
@@ -238,4 +239,18 @@ def refused_on_ranks(everyone: Collectives) -> dict[str, str]:
             out[what] = "nothing"
         except ValueError as error:
             out[what] = str(error)
+    return out
+
+
+def adapters_in_groups(everyone: Collectives, shard_size: int, sharding: str) -> dict[str, Any]:
+    """Three rounds of low-rank adapters on tiny transformers: trained and frozen parameters, and metrics."""
+    collectives = Collectives(shard_size=shard_size)
+    out = {}
+    for model in adapters.MODELS:
+        for algorithm in adapters.ALGORITHMS:
+            engine = adapters.adapter_engine(model, algorithm, collectives, sharding=sharding)
+            rows = [engine.run_round() | engine.evaluate() for _ in range(3)]
+            parts = {"trained": engine.named_parameters(), "frozen": engine.frozen_parameters()}
+            whole = {kind: {k: v.numpy().copy() for k, v in tensors.items()} for kind, tensors in parts.items()}
+            out[f"{model} {algorithm}"] = {"rows": rows, "d": engine.layout.d, **whole}
     return out

@@ -16,6 +16,7 @@ from shard_checks import (
     OFFLOAD,
     SETTINGS,
     Runs,
+    adapters_in_groups,
     continue_all,
     each_group_operation,
     map_matrices_on_ranks,
@@ -364,6 +365,24 @@ def test_ranks_of_a_group_agree(sharding: str) -> None:
         assert rank["dropped"].count("sent NaN") == 1
         assert rank["stops"] == [False, True]
         assert rank["rows"] == ranks[0]["rows"]
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_adapters_of_transformers(sharding: str) -> None:
+    """Only adapters and heads are dealt out by the layout; the frozen base comes back whole as well."""
+    alone = adapters_in_groups(Collectives(), 1, "none")
+    first, second = on_ranks(2, adapters_in_groups, 2, sharding)
+    assert first.keys() == alone.keys()
+    for name, expected in alone.items():
+        for kind in ("trained", "frozen"):
+            assert first[name][kind].keys() == expected[kind].keys()
+            for key, value in expected[kind].items():
+                np.testing.assert_allclose(first[name][kind][key], value, rtol=1e-12, atol=1e-12, err_msg=key)
+        told = ("train_loss", "test_loss", "test_accuracy", "protocol_up_bytes")
+        for row, other in zip(second[name]["rows"], expected["rows"], strict=True):
+            assert [row[key] for key in told] == pytest.approx([other[key] for key in told], rel=1e-12)
+        shards = first[name]["d"] + second[name]["d"]
+        assert shards == expected["d"] * (2 if sharding == "ddp" else 1)
 
 
 SAVED: Runs = [("scaffold", {}), ("fedmuon", {}), ("fedadamw", {})]

@@ -70,30 +70,22 @@ class Slab:
         """The matrices `[..., count, rows, cols]` of a flat vector `[..., d]`, without a copy."""
         return vector[..., self.start : self.stop].unflatten(-1, (self.count, self.rows, self.cols))
 
-    def map(self, part: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `function` makes of the matrices `[..., count, rows, cols]`, from and to `[..., stop - start]`."""
-        return function(part.unflatten(-1, (self.count, self.rows, self.cols))).flatten(-3)
-
 
 class MatrixPart(Protocol):
-    """A run of matrix coordinates `[start, stop)` that are mapped together: a slab, or a shard's part of all slabs."""
+    """A shard's parts of all matrices, side by side at `[start, stop)` of its vectors."""
 
     @property
     def start(self) -> int: ...
     @property
     def stop(self) -> int: ...
-    @property
-    def matrix_start(self) -> int: ...
-    @property
-    def matrix_stop(self) -> int: ...
-
-    @property
-    def scale(self) -> float:
-        """What is left of a slab's scale to apply to what `map` returns."""
-        ...
 
     def map(self, part: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """What a function of whole matrices makes of this part `[C, stop - start]` of some."""
+        """What a function of whole matrices makes of them times their slab's scale: this part `[C, stop - start]`.
+
+        Args:
+            part: `[C, stop - start]`.
+            function: maps each matrix of `[C, count, rows, cols]` alone.
+        """
         ...
 
 
@@ -165,7 +157,6 @@ class Layout:
                 group, matrix_start = key(name), matrix_stop
             start = stop
         self.slabs = tuple(slabs)
-        self.matrix_parts: tuple[MatrixPart, ...] = self.slabs
         self._index(entries, [entry for entry in entries if is_matrix(entry.name)], lengths)
 
     def _index(self, entries: Sequence[Entry], matrices: Sequence[Entry], lengths: Sequence[int]) -> None:
@@ -240,6 +231,11 @@ class Layout:
     def vectors(self, vector: Tensor) -> Tensor:
         """All other coordinates `[..., d - d_matrix]`: a view where they are contiguous."""
         return _take(vector, self._vector_runs)
+
+    @property
+    def matrix_part(self) -> MatrixPart | None:
+        """Where no matrix is whole, since vectors are shards, what maps them all the same; otherwise None."""
+        return None
 
     @property
     def whole(self) -> Layout:

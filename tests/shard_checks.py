@@ -184,7 +184,8 @@ def map_matrices_on_ranks(everyone: Collectives) -> dict[str, Any]:
     layout = ShardedLayout(whole, Cut("row", 2), collectives.group)
     vectors = torch.arange(2.0 * whole.d, dtype=torch.float64).view(2, -1)
     shard = torch.stack([layout.flatten(whole.views(row)) for row in vectors])
-    (part,) = layout.matrix_parts
+    part = layout.matrix_part
+    assert part is not None
     seen = []
 
     def function(matrices: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..contract import Algorithm, Move, Round, Task, Vectors
 from ..federated.local import run_local
+from ..kernels.rows import zero_rows
 from ..layout import Layout, Route
 from ..optim.steps import active_rows, step_along
 from ..wire import Wire
@@ -38,7 +39,7 @@ class AmsGrad:
     route: ClassVar[Route] = "hidden"
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(y) for name in ("m", "v", "v_hat")}
+        return {name: zero_rows(y) for name in ("m", "v", "v_hat")}
 
     def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
         m, v, v_hat = state["m"], state["v"], state["v_hat"]

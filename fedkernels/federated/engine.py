@@ -15,6 +15,7 @@ from ..contract import Algorithm, Batch, Round, Vectors
 from ..data.partition import Partition
 from ..formats import format_epsilon
 from ..kernels.dispatch import Kernels
+from ..kernels.rows import empty_rows
 from ..layout import Role
 from ..privacy.accountant import Accountant
 from ..privacy.mechanism import GaussianMechanism, check
@@ -149,9 +150,7 @@ class Engine:
             raise ValueError(f"cohort is {cohort}, expected 1 to the number of clients, {self.population}")
         if ranks > cohort:
             who = "ranks" if shards == 1 else f"groups of {shards} ranks"
-            raise ValueError(
-                f"{ranks} {who} for a cohort of {cohort}: some would have no client; start fewer ranks"
-            )
+            raise ValueError(f"{ranks} {who} for a cohort of {cohort}: some would have no client; start fewer ranks")
         sizes = partition.sizes
         if (empty := np.flatnonzero(sizes == 0)).size:
             raise ValueError(f"client {empty[0]} has no sample ({empty.size} of {self.population} clients are empty)")
@@ -378,7 +377,7 @@ class Engine:
         assert self._evaluator is not None
         ids = [cohort[p] for p in positions]
         if len(self._gradients) != len(ids):
-            self._gradients = self.server.x.new_empty(len(ids), self.layout.d)
+            self._gradients = empty_rows(self.server.x, len(ids), self.layout.d)
         mine = [blocks[p] for p in positions]
         task = LocalTask(
             self.layout,

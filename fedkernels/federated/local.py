@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..contract import Batch, LocalOptimizer, Move, SamplesCurvature, Task
 from ..kernels.fused_sam import fused_sam, row_norm
+from ..kernels.rows import empty_rows
 from ..optim.steps import active_rows
 
 
@@ -43,7 +44,7 @@ def run_local(
         `y, _ = run_local(task, s.x, Sgd(), grad=lambda y, b: task.grad(y, b) + mu * (y - s.x))`
     """
     clients = task.steps.shape[0]
-    y = x.expand(clients, -1).clone()
+    y = empty_rows(x, clients, task.layout.d).copy_(x)
     own = optimizer.init(y, task.layout)
     for name, value in (state or {}).items():
         own[name].copy_(value)
@@ -85,7 +86,7 @@ def sam_gradient(task: Task, rho: float) -> Callable[[Tensor, Batch], Tensor]:
     Reference: Foret et al., Sharpness-aware minimization for efficiently improving generalization, 2021
     (arXiv 2010.01412), equations 2 and 3.
     """
-    ascended = task.steps.new_empty(len(task.steps), task.layout.d)
+    ascended = empty_rows(task.steps, len(task.steps), task.layout.d)
 
     def gradient(y: Tensor, batch: Batch) -> Tensor:
         g = task.grad(y, batch)
@@ -105,7 +106,7 @@ def shifted_gradient(task: Task, direction: Tensor, coefficient: Tensor) -> Call
         direction: v, `[C, d]`, or `[d]` for all clients.
         coefficient: c, one value or `[C]`, such as `ascent(v, ρ)`.
     """
-    shifted = task.steps.new_empty(len(task.steps), task.layout.d)
+    shifted = empty_rows(task.steps, len(task.steps), task.layout.d)
 
     def gradient(y: Tensor, batch: Batch) -> Tensor:
         fused_sam(y, direction, coefficient=coefficient, out=shifted)

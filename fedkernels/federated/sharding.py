@@ -111,7 +111,7 @@ class ShardedLayout(Layout):
         matrices = {entry.name for entry in whole.matrix_entries}
         self._index(entries, [entry for entry in entries if entry.name in matrices], [start, 0])
         at = self.matrix_entries[0].start if self.matrix_entries else 0
-        self.matrix_parts = (MatrixOwners(whole, cut, group, at, self.d_matrix),) if whole.slabs else ()
+        self._owners = MatrixOwners(whole, cut, group, at, self.d_matrix) if whole.slabs else None
 
     @property
     def whole(self) -> Layout:
@@ -138,6 +138,10 @@ class ShardedLayout(Layout):
         squares = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float64).square_()
         return self.group.sum(squares).sqrt_().to(vectors.dtype)
 
+    @property
+    def matrix_part(self) -> MatrixOwners | None:
+        return self._owners
+
     def curvature_blocks(self, rule: Literal["hessian", "tensor"]) -> CurvatureBlocks:
         if rule not in self._curvature:
             self._curvature[rule] = ShardedCurvatureBlocks(self, rule)
@@ -156,11 +160,8 @@ class MatrixOwners:
         size: how many they are.
     """
 
-    scale = 1.0
-
     def __init__(self, whole: Layout, cut: Cut, group: ClientGroup, start: int, size: int) -> None:
         self.start, self.stop = start, start + size
-        self.matrix_start, self.matrix_stop = 0, size
         slabs = [slab for slab in whole.slabs for _ in range(slab.count)]
         costs = [slab.rows * slab.cols * min(slab.rows, slab.cols) for slab in slabs]
         ends = [0] * group.size

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from .dispatch import BACKENDS, MISSING, ON_ROWS, VARIABLES, Backend, Rule, choose
+from .dispatch import BACKENDS, MISSING, ON_ROWS, VARIABLES, Backend, Choice, Rule, choose
+from .newton_schulz import RULES as ON_MATRICES
 
 # Rows [C, d] of models people train: those of the papers' settings, and one of each order of magnitude.
 SHAPES: dict[str, tuple[int, int]] = {
@@ -19,6 +20,18 @@ SHAPES: dict[str, tuple[int, int]] = {
 }
 
 OPS: dict[str, Mapping[Backend, Rule]] = dict.fromkeys(("fused_adamw", "fused_sgd", "fused_sam", "row_norm"), ON_ROWS)
+
+# Hidden matrices [count, rows, cols] of models people train, a batch for each shape; of Llama 3.2 the one with 1 B
+# parameters, and the adapters of its queries and values.
+MATRICES: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "vit_tiny": ((48, 192, 192), (24, 192, 768)),
+    "vit_b": ((48, 768, 768), (24, 768, 3072)),
+    "gpt2": ((12, 768, 2304), (12, 768, 768), (24, 768, 3072)),
+    "llama_1b": ((32, 2048, 2048), (32, 512, 2048), (48, 2048, 8192)),
+    "lora_r16": ((32, 16, 2048), (16, 2048, 16), (16, 512, 16)),
+}
+
+MATRIX_OPS: dict[str, Mapping[Backend, Rule]] = dict.fromkeys(("newton_schulz", "muon_step"), ON_MATRICES)
 
 
 def overview() -> str:
@@ -34,8 +47,17 @@ def overview() -> str:
             continue
         lines.append(f"{device}, float32:")
         for op, rules in OPS.items():
-            for name, shape in SHAPES.items():
-                choice = choose(op, rules, device, torch.float32, shape)
-                others = "".join(f"; not {backend}: {reason}" for backend, reason in choice.refused.items())
-                lines.append(f"  {op:<12} {name:<14} {choice.backend}: {choice.why}{others}")
+            lines += [
+                _line(op, name, choose(op, rules, device, torch.float32, shape)) for name, shape in SHAPES.items()
+            ]
+        for op, rules in MATRIX_OPS.items():
+            for name, shapes in MATRICES.items():
+                for shape in shapes:
+                    what = f"{name} {'x'.join(map(str, shape))}"
+                    lines.append(_line(op, what, choose(op, rules, device, torch.float32, shape)))
     return "\n".join(lines)
+
+
+def _line(op: str, what: str, choice: Choice) -> str:
+    others = "".join(f"; not {backend}: {reason}" for backend, reason in choice.refused.items())
+    return f"  {op:<12} {what:<14} {choice.backend}: {choice.why}{others}"

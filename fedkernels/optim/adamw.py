@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..contract import Move
 from ..kernels.fused_adamw import fused_adamw
+from ..kernels.rows import zero_rows
 from ..layout import Layout, Route
 
 _COUNTS = ("m_steps", "v_steps")
@@ -46,7 +47,7 @@ class AdamW:
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
         counts = {name: torch.zeros(y.shape[0], 1, dtype=torch.float64, device=y.device) for name in _COUNTS}
-        return {"m": torch.zeros_like(y), "v": torch.zeros_like(y), **counts}
+        return {"m": zero_rows(y), "v": zero_rows(y), **counts}
 
     def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
         self.step_runs(state, g, y, [(slice(None), slice(None))], move)

@@ -10,8 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ..contract import Move
+from ..kernels.muon_step import muon_step
 from ..kernels.newton_schulz import Orthogonalization, newton_schulz
-from ..layout import Layout, Route
+from ..kernels.rows import zero_rows
+from ..layout import Layout, MatrixPart, Route
 from .adamw import AdamW
 from .steps import active_rows, step_along
 
@@ -69,16 +71,35 @@ class Muon:
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
         require_matrices(layout)
-        return {"M": torch.zeros_like(layout.matrices(y)), **self._adamw().init(layout.vectors(y), layout)}
+        return {"M": zero_rows(layout.matrices(y)), **self._adamw().init(layout.vectors(y), layout)}
 
     def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
-        for part in layout.matrix_parts:
-            at = slice(part.start, part.stop)
-            momentum, gradient = state["M"][:, part.matrix_start : part.matrix_stop], g[:, at]
-            with active_rows(move.active, [momentum]):
-                momentum.lerp_(gradient, 1 - self.momentum)
-                u = torch.lerp(gradient, momentum, self.momentum)
-            o = part.map(u, lambda matrices: newton_schulz(matrices, self.ns_steps, self.orthogonalization))
-            factor = part.scale * self.lr_multiplier
-            step_along(o, y[:, at], move.on(at), weight_decay=self.weight_decay, factor=factor)
+        for slab in layout.slabs:
+            M = state["M"][:, slab.matrix_start : slab.matrix_stop].unflatten(1, (slab.count, slab.rows, slab.cols))
+            muon_step(
+                slab.view(y),
+                M,
+                slab.view(g),
+                lr=move.lr,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+                scale=slab.scale * self.lr_multiplier,
+                share=move.share,
+                alpha=move.alpha,
+                G=None if move.G is None else slab.view(move.G),
+                active=move.active,
+                steps=self.ns_steps,
+                method=self.orthogonalization,
+            )
+        if layout.matrix_part is not None:
+            self._step_part(layout.matrix_part, state["M"], g, y, move)
         self._adamw().step_runs(state, g, y, layout.vector_runs, move)
+
+    def _step_part(self, part: MatrixPart, M: Tensor, g: Tensor, y: Tensor, move: Move) -> None:
+        """The step of matrices that are dealt out over ranks, which are whole only where they are orthogonalized."""
+        at = slice(part.start, part.stop)
+        with active_rows(move.active, [M]):
+            M.lerp_(g[:, at], 1 - self.momentum)
+            u = torch.lerp(g[:, at], M, self.momentum)
+        o = part.map(u, lambda matrices: newton_schulz(matrices, self.ns_steps, self.orthogonalization))
+        step_along(o, y[:, at], move.on(at), weight_decay=self.weight_decay, factor=self.lr_multiplier)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from ..contract import Move
 from ..kernels.fused_sgd import fused_sgd
+from ..kernels.rows import zero_rows
 from ..layout import Layout, Route
 
 
@@ -25,6 +25,7 @@ class Sgd:
         weight_decay: λ, coupled: it enters the momentum.
 
     Example:
+        >>> import torch
         >>> g, y = torch.ones(1, 2), torch.ones(1, 2)
         >>> Sgd(weight_decay=0.5).step({}, g, y, 1, Layout({}, {}), Move(torch.tensor(0.5)))
         >>> y.tolist()
@@ -40,7 +41,7 @@ class Sgd:
     route: ClassVar[Route] = "hidden"
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
-        return {"m": torch.zeros_like(y)} if self.momentum else {}
+        return {"m": zero_rows(y)} if self.momentum else {}
 
     def step(self, state: dict[str, Tensor], g: Tensor, y: Tensor, k: int, layout: Layout, move: Move) -> None:
         fused_sgd(

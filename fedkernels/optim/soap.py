@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..contract import Move
 from ..kernels.fused_adamw import fused_adamw
+from ..kernels.rows import zero_rows
 from ..layout import Layout, Route
 from .kronecker import NULL_SHARE, accumulate, eigenbasis, factor_size, factors, multiply
 from .muon import require_matrices
@@ -59,7 +60,7 @@ class Soap:
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
         size = factor_size(require_matrices(layout, "SOAP"))
-        state = {name: torch.zeros_like(y) for name in ("m", "v")}
+        state = {name: zero_rows(y) for name in ("m", "v")}
         state |= {name: y.new_zeros(len(y), size) for name in ("H", "Q")}  # L and R, Q_L and Q_R
         return {**state, "skipped": torch.zeros(len(y), 1, dtype=torch.float64, device=y.device)}
 
@@ -81,7 +82,7 @@ class Soap:
 
     def _adam(self, state: dict[str, Tensor], g: Tensor, k: int) -> Tensor:
         """Adam's direction, which is the step from zero at η = −1."""
-        p = torch.zeros_like(g)
+        p = zero_rows(g)
         fused_adamw(
             p,
             state["m"],

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from ..contract import Move
+from ..kernels.rows import zero_rows
 from ..layout import Layout, Route
 from .steps import active_rows, step_along
 
@@ -48,7 +48,7 @@ class Sophia:
     route: ClassVar[Route] = "hidden"
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
-        return {"m": torch.zeros_like(y), "h": torch.zeros_like(y)}
+        return {"m": zero_rows(y), "h": zero_rows(y)}
 
     def curvature_due(self, k: int) -> bool:
         return (k - 1) % self.hessian_every == 0

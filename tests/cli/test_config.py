@@ -101,6 +101,7 @@ def test_a_wrong_type_below_a_choice_names_the_whole_key(key: str, name: str) ->
         ("clip_norm", 0, "float > 0"),
         ("precision", "fp16", "fp32 | bf16"),
         ("evaluator", "fast", "auto | loop | batched | compiled"),
+        ("kernels", "cuda", "auto | reference | cpp | triton"),
         ("clients_per_batch", 0, "int >= 1 | null"),
         ("placement", "random", "estimated | measured"),
         ("reduce_dtype", "bf16", "float64 | float32"),

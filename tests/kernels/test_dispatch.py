@@ -16,7 +16,7 @@ from fedkernels.cli import main
 from fedkernels.kernels import dispatch
 from fedkernels.kernels.dispatch import MISSING, ON_ROWS, BackendError, Choice, choose
 from fedkernels.kernels.fused_adamw import fused_adamw
-from fedkernels.kernels.overview import OPS, SHAPES
+from fedkernels.kernels.overview import MATRICES, MATRIX_OPS, OPS, SHAPES
 
 HERE = {"triton": None, "cpp": None, "reference": None}
 
@@ -90,9 +90,11 @@ def test_schemas_of_backends_agree() -> None:
     """The entry points hand the same arguments to either."""
     import fedkernels.kernels.fused_adamw.triton
     import fedkernels.kernels.fused_sam.triton
-    import fedkernels.kernels.fused_sgd.triton  # noqa: F401  the imports define the operators
+    import fedkernels.kernels.fused_sgd.triton
+    import fedkernels.kernels.muon_step.triton
+    import fedkernels.kernels.newton_schulz.triton  # noqa: F401  the imports define the operators
 
-    for op in OPS:
+    for op in (*OPS, *MATRIX_OPS):
         schemas = [str(getattr(torch.ops.fedkernels, f"{op}_{name}").default._schema) for name in ("cpp", "triton")]
         assert schemas[0].replace("_cpp(", "_triton(") == schemas[1]
 
@@ -102,8 +104,10 @@ def test_the_command_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     for name in dispatch.VARIABLES:
         assert any(line.split()[:1] == [name] for line in lines)
-    table = lines[lines.index("cpu, float32:") + 1 :][: len(OPS) * len(SHAPES)]
     starts = [f"{op:<12} {name:<14} " for op in OPS for name in SHAPES]
+    matrices = [f"{name} {n}x{rows}x{cols}" for name, shapes in MATRICES.items() for n, rows, cols in shapes]
+    starts += [f"{op:<12} {what:<14} " for op in MATRIX_OPS for what in matrices]
+    table = lines[lines.index("cpu, float32:") + 1 :][: len(starts)]
     for line, start in zip(table, starts, strict=True):
         assert line.strip() == f"{start}cpp: the fastest on cpu; not triton: runs on cuda, not on cpu"
 

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from kernel_matrices import SHAPES, composed, oracle, random
+from kernel_rows import WIDE
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedkernels.kernels.newton_schulz import POLAR_EXPRESS, Orthogonalization, newton_schulz
-
-SHAPES = [(1, 1), (1, 9), (9, 1), (2, 2), (3, 7), (7, 3), (5, 5), (33, 17), (16, 65)]
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+from fedkernels.kernels.newton_schulz import POLAR_EXPRESS
+from fedkernels.kernels.newton_schulz import newton_schulz as kernel
 
 
-def reference(u: Tensor, steps: int = 5, method: Orthogonalization = "newton_schulz") -> Tensor:
-    """`U p⁽⁵⁾(S/‖S‖) Vᵀ`: an odd polynomial of a matrix is that polynomial of its singular values."""
-    left, s, right = torch.linalg.svd(u.double(), full_matrices=False)
-    polar = method == "polar_express"
-    s = s / (s.square().sum(-1, keepdim=True).sqrt() * (1.01 if polar else 1.0) + 1e-7)
-    return left * composed(s, steps, method).unsqueeze(-2) @ right
-
-
-def composed(s: Tensor, steps: int, method: Orthogonalization) -> Tensor:
-    for t in range(steps):
-        if method == "newton_schulz":
-            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-        elif t < 7:
-            a, b, c = POLAR_EXPRESS[t]
-            s = a * (s / 1.01) + b * (s / 1.01) ** 3 + c * (s / 1.01) ** 5
-        else:
-            s = (15 * s - 10 * s**3 + 3 * s**5) / 8
-    return s
+@pytest.fixture(params=WIDE)
+def newton_schulz(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    """The op on each backend that computes in full precision."""
+    return functools.partial(kernel, backend=request.param)
 
 
 def assert_equal(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
@@ -45,30 +30,32 @@ def assert_equal(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> N
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
-def test_equals_the_polynomial_of_the_singular_values(shape: tuple[int, int], lead: tuple[int, ...]) -> None:
+def test_equals_the_polynomial_of_the_singular_values(
+    shape: tuple[int, int], lead: tuple[int, ...], newton_schulz: Callable[..., Tensor]
+) -> None:
     u = random(*lead, *shape)
     kept = u.clone()
     o = newton_schulz(u)
     assert o.shape == u.shape
-    assert_equal(o, reference(u))
+    assert_equal(o, oracle(u))
     assert torch.equal(u, kept)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 7])
-def test_steps(steps: int) -> None:
-    assert_equal(newton_schulz(random(4, 6), steps), reference(random(4, 6), steps))
+def test_steps(steps: int, newton_schulz: Callable[..., Tensor]) -> None:
+    assert_equal(newton_schulz(random(4, 6), steps), oracle(random(4, 6), steps))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_float32(shape: tuple[int, int]) -> None:
+def test_float32(shape: tuple[int, int], newton_schulz: Callable[..., Tensor]) -> None:
     o = newton_schulz(random(*shape, dtype=torch.float32))
     assert o.dtype == torch.float32
     # A small singular value is multiplied by up to 3.4445⁵ ≈ 500, and with it the rounding of 6e-8.
-    assert_equal(o, reference(random(*shape, dtype=torch.float32)), 500 * 6e-8)
+    assert_equal(o, oracle(random(*shape, dtype=torch.float32)), 500 * 6e-8)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_commutes_with_transposition(shape: tuple[int, int]) -> None:
+def test_commutes_with_transposition(shape: tuple[int, int], newton_schulz: Callable[..., Tensor]) -> None:
     u = random(*shape)
     assert_equal(newton_schulz(u.mT), newton_schulz(u).mT)
 
@@ -77,45 +64,47 @@ def test_works_on_the_short_side() -> None:
     """A tall matrix costs what its transpose costs: `n²(2m + n)` multiply-adds a step, n the short side."""
     for shape in ((3, 50), (50, 3)):
         with FlopCounterMode(display=False) as counter:
-            newton_schulz(random(*shape))
+            kernel(random(*shape), backend="reference")
         assert counter.get_total_flops() == 5 * 2 * 3 * 3 * (2 * 50 + 3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_zero_stays_zero(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_zero_stays_zero(shape: tuple[int, int], dtype: torch.dtype, newton_schulz: Callable[..., Tensor]) -> None:
     assert torch.equal(newton_schulz(torch.zeros(2, *shape, dtype=dtype)), torch.zeros(2, *shape, dtype=dtype))
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-def test_rank_deficient(rank: int) -> None:
+def test_rank_deficient(rank: int, newton_schulz: Callable[..., Tensor]) -> None:
     u = random(6, rank) @ random(rank, 4, seed=1)
     o = newton_schulz(u)
-    assert_equal(o, reference(u))
+    assert_equal(o, oracle(u))
     assert torch.linalg.matrix_rank(o, rtol=1e-10) == rank
 
 
 @pytest.mark.parametrize("scale", [1e-100, 1e-8, 1e-3, 1e3, 1e100])
-def test_scales(scale: float) -> None:
+def test_scales(scale: float, newton_schulz: Callable[..., Tensor]) -> None:
     """Tiny inputs, below the 1e-7 that guards the division, stay tiny."""
-    assert_equal(newton_schulz(scale * random(4, 6)), reference(scale * random(4, 6)))
+    assert_equal(newton_schulz(scale * random(4, 6)), oracle(scale * random(4, 6)))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3, 1e15])
-def test_the_scale_of_a_large_input_is_divided_out(scale: float) -> None:
+def test_the_scale_of_a_large_input_is_divided_out(scale: float, newton_schulz: Callable[..., Tensor]) -> None:
     u = 1e5 * random(5, 8)
     assert_equal(newton_schulz(scale * u), newton_schulz(u), 1e-7)
 
 
 @pytest.mark.parametrize("scale", [1e18, 1e20, 1e35])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 8)])
-def test_squares_that_overflow_float32(shape: tuple[int, int], scale: float) -> None:
+def test_squares_that_overflow_float32(
+    shape: tuple[int, int], scale: float, newton_schulz: Callable[..., Tensor]
+) -> None:
     u = (scale * random(*shape)).float()
     both = torch.stack([u, random(*shape).float()])  # one that overflows beside one that does not
-    assert_equal(newton_schulz(both), reference(both), 500 * 6e-8)
+    assert_equal(newton_schulz(both), oracle(both), 500 * 6e-8)
 
 
-def test_one_matrix_of_a_batch_ignores_the_others() -> None:
+def test_one_matrix_of_a_batch_ignores_the_others(newton_schulz: Callable[..., Tensor]) -> None:
     u = random(4, 3, 5)
     other = u.clone()
     other[1:] *= 1e6
@@ -123,7 +112,7 @@ def test_one_matrix_of_a_batch_ignores_the_others() -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 12), (20, 8)])
-def test_singular_values_end_near_one(shape: tuple[int, int]) -> None:
+def test_singular_values_end_near_one(shape: tuple[int, int], newton_schulz: Callable[..., Tensor]) -> None:
     """In [0.68, 1.21] for condition numbers up to 20, as any one of that many values in [1/60, 1] does."""
     left, _, right = torch.linalg.svd(random(*shape), full_matrices=False)
     s = torch.logspace(-math.log10(20), 0, min(shape), dtype=torch.float64)
@@ -137,13 +126,15 @@ def test_singular_values_end_near_one(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("steps", [1, 5, 7, 10])
-def test_polar_express_equals_its_polynomials_of_the_singular_values(shape: tuple[int, int], steps: int) -> None:
+def test_polar_express_equals_its_polynomials_of_the_singular_values(
+    shape: tuple[int, int], steps: int, newton_schulz: Callable[..., Tensor]
+) -> None:
     u = random(3, *shape)
-    assert_equal(newton_schulz(u, steps, "polar_express"), reference(u, steps, "polar_express"))
+    assert_equal(newton_schulz(u, steps, "polar_express"), oracle(u, steps, "polar_express"))
     # A small singular value is multiplied by up to the product of all a, and with it the rounding of 6e-8.
     growth = math.prod(a for a, _, _ in POLAR_EXPRESS[:5])
     assert_equal(
-        newton_schulz(u.float(), steps, "polar_express"), reference(u.float(), steps, "polar_express"), growth * 6e-8
+        newton_schulz(u.float(), steps, "polar_express"), oracle(u.float(), steps, "polar_express"), growth * 6e-8
     )
 
 
@@ -191,7 +182,9 @@ def test_polar_express_ends_in_the_published_interval() -> None:
 
 @pytest.mark.parametrize("condition", [20, 1e2, 1e3])
 @pytest.mark.parametrize("shape", [(8, 8), (8, 12), (20, 8)])
-def test_polar_express_beats_the_quintic(shape: tuple[int, int], condition: float) -> None:
+def test_polar_express_beats_the_quintic(
+    shape: tuple[int, int], condition: float, newton_schulz: Callable[..., Tensor]
+) -> None:
     left, _, right = torch.linalg.svd(random(*shape), full_matrices=False)
     s = torch.logspace(-math.log10(condition), 0, min(shape), dtype=torch.float64)
     s = torch.where(s / (s.norm() * 1.01) > 1e-3, s, 1.1e-3 * s.norm())

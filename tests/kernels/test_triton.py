@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import triton
+from kernel_cubins import SHARED_BYTES, resources
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -29,7 +30,6 @@ from fedkernels.kernels.fused_sgd.triton import sgd_kernel
 from fedkernels.kernels.tiles import OPTIONS, TILE
 
 HERE = Path(__file__).parent
-SHARED_BYTES = 232_448  # what a program may have on sm_90
 # Kernel, its compile-time constants, launch options; the optional pointers come from OPTIONAL.
 KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "adamw": (
@@ -89,15 +89,6 @@ def compiled(
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def resources(kernel: Any, folder: Path) -> dict[str, int]:
-    """Registers of a thread, bytes of its stack and local memory, as they stand in the machine code."""
-    (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
-    dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [dump, "--dump-resource-usage", folder / "kernel.cubin"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

@@ -1,0 +1,36 @@
+// Matrix products for the CPU: `C = α A B + β D + γ I`, whole or, where the result is symmetric, of the upper triangle alone.
+#pragma once
+
+#include <cstdint>
+
+namespace fedkernels {
+
+// All matrices are row-major; a stride is the distance of two rows.
+template <class T>
+struct Product {
+  int64_t rows, cols, depth;
+  const T* a;
+  int64_t a_stride;
+  const T* b;  // `[depth, cols]`, or `[cols, depth]` where it is given transposed
+  int64_t b_stride;
+  bool b_transposed, symmetric;
+  T alpha, beta, gamma;
+  const T* d;  // not read where β = 0; its rows are as far apart as those of `c`
+  T* c;        // overlaps none of the others but `d`
+  int64_t c_stride;
+};
+
+// How this processor multiplies. The units of work of a product are panels of `cols` columns, which threads can share:
+// every element is one chain of additions over the depth, whoever computes it.
+template <class T>
+struct Engine {
+  const char* name;
+  int64_t cols;
+  void (*panel)(const Product<T>&, int64_t first_col, T* packed);  // `packed` holds `cols · depth` elements
+};
+
+// The fastest that the processor can run. All that have fused multiply-adds give the same bits.
+template <class T>
+const Engine<T>& engine();
+
+}  // namespace fedkernels

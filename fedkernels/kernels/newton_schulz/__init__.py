@@ -1,0 +1,80 @@
+"""Newton–Schulz iteration for the orthogonal factor of matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import MISSING, Backend, Rule, choose, cpp_on_rows, triton_on_rows
+from .reference import POLAR_EXPRESS, QUINTIC, Orthogonalization, newton_schulz_reference, schedule
+
+__all__ = ["POLAR_EXPRESS", "QUINTIC", "RULES", "Orthogonalization", "is_row_major", "newton_schulz", "run"]
+
+# The limits are those of rows, the device and the dtype; within a backend the shape decides how it computes. A further
+# backend for some shapes is one more rule here, which returns why it does not take the others, and a line in `run`.
+RULES: dict[Backend, Rule] = {"triton": triton_on_rows, "cpp": cpp_on_rows}
+
+if MISSING["cpp"] is None:
+    torch.library.register_fake("fedkernels::newton_schulz_cpp", lambda u, coefficients, margin: u.new_empty(u.shape))
+
+
+def newton_schulz(
+    u: Tensor, steps: int = 5, method: Orthogonalization = "newton_schulz", *, backend: str | None = None
+) -> Tensor:
+    """Approximate polar factor `U V^T` of every matrix in a batch, by an odd quintic polynomial.
+
+    `X ← aX + b(XXᵀ)X + c(XXᵀ)²X` from `X = U/(‖U‖_F + 1e-7)`. Five steps of `newton_schulz` drive singular values
+    between 1/60 and 1 into about [0.7, 1.2], and keep them there; five of `polar_express`, whose a, b and c change with
+    the step and which starts from `X = U/(1.01 ‖U‖_F + 1e-7)`, drive those between 1e-3 and 1 into [0.84, 1.13], and
+    further steps to 1.
+
+    Entries of any size that the dtype holds are fine: the norm neither overflows nor loses a matrix of large entries to
+    infinity. A matrix that is not finite becomes NaN, and touches no other of its batch.
+
+    Args:
+        u: `[..., rows, cols]`, float32; float64 without Triton, anything on the reference. A batch may have any
+            strides; matrices that are not row-major are copied. Tall ones are transposed, to work on the short side.
+        steps: quintic steps.
+        method: whose coefficients.
+        backend: `reference`, `cpp` or `triton`; by default the fastest that can run. On the first two, whose products
+            are float32, five steps differ from the polynomial in float64 by less than 2e-4 of the norm of the result.
+            `triton`, where products of float16 are added up in float32, stays within 1 % on matrices of any spectrum,
+            and 2 % where the short side is below 8.
+
+    Returns:
+        A new contiguous tensor of the shape and dtype of `u`; on the reference, transposed where matrices are tall.
+
+    Raises:
+        BackendError: the backend asked for cannot run here.
+
+    Example:
+        >>> newton_schulz(torch.eye(2)).diagonal().round().tolist()
+        [1.0, 1.0]
+
+    References: Jordan et al., Muon, 2024 (https://kellerjordan.github.io/posts/muon/); Amsel et al., The Polar Express:
+    Optimal matrix sign methods and their application to the Muon algorithm, 2025 (arXiv 2505.16932), Algorithm 1.
+    """
+    if u.numel() == 0:
+        return torch.empty_like(u)
+    chosen = choose("newton_schulz", RULES, u.device.type, u.dtype, tuple(u.shape), backend).backend
+    return run(chosen, u, *schedule(method, steps))
+
+
+def run(backend: Backend, u: Tensor, coefficients: list[float], margin: float) -> Tensor:
+    """Newton–Schulz on a backend that can run it, with the coefficients of every step."""
+    if backend == "reference":
+        return newton_schulz_reference(u, coefficients, margin)
+    if not is_row_major(u):
+        u = u.contiguous()
+    if backend == "triton":
+        from .triton import newton_schulz_triton
+
+        return newton_schulz_triton(u, coefficients, margin)
+    out: Tensor = torch.ops.fedkernels.newton_schulz_cpp(u, coefficients, margin)
+    return out
+
+
+def is_row_major(batch: Tensor) -> bool:
+    """Whether every matrix of `[..., rows, cols]` is row-major without gaps, however far apart they are."""
+    rows, cols = batch.shape[-2:]
+    return (cols <= 1 or batch.stride(-1) == 1) and (rows <= 1 or batch.stride(-2) == cols)

@@ -1,7 +1,7 @@
 """Peak memory of a rank that trains a GPT-2 with FedAdamW: alone, and in groups of ranks that share the client.
 
-Each rank notes its resident memory when everything is imported and nothing is built, and the highest since; the
-difference is what training took. The first row is plain local training, a module and `torch.optim.AdamW`. A round has
+Each rank first trains a tiny model the same way, which imports and allocates what any run needs, notes its resident
+memory, trains the real one, and notes the highest resident memory of a round; the difference is what training took. The first row is plain local training, a module and `torch.optim.AdamW`. A round has
 one client. Before it is dealt out the model lies in memory once; that is not part of the peak.
 """
 
@@ -27,9 +27,10 @@ from fedkernels.federated.objective import Objective
 from fedkernels.federated.parallel import Sharding
 from fedkernels.federated.settings import EngineSettings
 from fedkernels.federated.zero import require_deepspeed
-from fedkernels.models.attention import Gpt2
+from fedkernels.models import Gpt2
 
 LENGTH, TOKENS, SAMPLES = 64, 256, 32
+TINY = Gpt2(dim=8, depth=1, heads=2)
 VARIANTS: dict[str, tuple[Sharding, int]] = {
     "one rank": ("none", 1),
     "ddp, 2 ranks": ("ddp", 2),
@@ -55,6 +56,8 @@ def tokens() -> tuple[torch.Tensor, torch.Tensor]:
 
 def plain(model: Gpt2, batch: int, steps: int) -> dict[str, int]:
     """A loop of AdamW over the module's own tensors."""
+    if model != TINY:
+        plain(TINY, batch, steps)
     before = rss_bytes()
     module = model.build("language", (LENGTH,), TOKENS)
     optimizer = torch.optim.AdamW(module.parameters(), foreach=False)
@@ -72,12 +75,16 @@ def plain(model: Gpt2, batch: int, steps: int) -> dict[str, int]:
     return {"round": peak_bytes(train) - before, "parameters": sum(p.numel() for p in module.parameters())}
 
 
-def federated(model: Gpt2, batch: int, steps: int, sharding: Sharding, shard_size: int) -> dict[str, int]:
+def federated(
+    model: Gpt2, batch: int, steps: int, sharding: Sharding, shard_size: int, collectives: Collectives | None = None
+) -> dict[str, int]:
     """The second round of FedAdamW on one client, by all ranks together."""
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank() if dist.is_initialized() else 0))
     if sharding == "deepspeed":
         require_deepspeed(torch.device("cpu"))
-    collectives = Collectives(shard_size=shard_size)
+    collectives = collectives or Collectives(shard_size=shard_size)
+    if model != TINY:
+        federated(TINY, batch, steps, sharding, shard_size, collectives)
     before = rss_bytes()
     module = model.build("language", (LENGTH,), TOKENS)
     roles = model.roles(module)

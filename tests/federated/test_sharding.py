@@ -104,11 +104,16 @@ def cut_by_hand(unit: str, shards: int, layout: Layout, vector: Tensor, matrices
 
 
 def check_equal(
-    ranks: Sequence[Result], alone: Result, runs: Runs, unit: str | None, shards: int, tolerance: float = 1e-12
+    ranks: Sequence[Result],
+    alone: Result,
+    runs: Runs,
+    unit: str | None,
+    shards: int,
+    tolerances: Mapping[str, float] | None = None,
 ) -> None:
     """Every rank holds its shard of what one rank computed, and tells the same of each round."""
     for n, (name, options) in enumerate(runs):
-        expected = alone[str(n)]
+        expected, tolerance = alone[str(n)], 1e-12 if tolerances is None else tolerances[name]
         engine = odd_engine(name, Collectives(), torch.float64, **options)
         layout, sizes = engine.layout, {layout_size: key for key, layout_size in _sizes(engine.layout).items()}
         for rank in ranks:
@@ -171,7 +176,11 @@ def test_zero_is_one_rank_up_to_the_rounding_of_float32() -> None:
     plain: Runs = [*MUST, ("fedavg", {})]
     one = run_all(Collectives(), plain, 1, ROUNDS, torch.float32)
     ranks = on_ranks(4, run_all, with_sharding(runs, "deepspeed"), 2, ROUNDS, torch.float32)
-    check_equal(ranks, one, plain, "element", 2, tolerance=2e-6)
+    # Five quintic steps stretch what is left of a small singular value by 3.4445⁵; nine local steps of η = 0.05 sum it.
+    muon = 3.4445**5 * torch.finfo(torch.float32).eps / 2 * 0.05 * 9
+    check_equal(
+        ranks, one, plain, "element", 2, dict.fromkeys(("fedavg", "fedadamw", "scaffold"), 2e-6) | {"fedmuon": muon}
+    )
     for rank in ranks:
         rows = rank["3"]["rows"]
         assert [row["link_bytes"] for row in rows] == link_bytes("scaffold", "element", 2, 2, len(rows), 4)

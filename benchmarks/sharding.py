@@ -1,8 +1,9 @@
 """Peak memory of a rank that trains a GPT-2 with FedAdamW: alone, and in groups of ranks that share the client.
 
-Each rank first trains a tiny model the same way, which imports and allocates what any run needs, notes its resident
-memory, trains the real one, and notes the highest resident memory of a round; the difference is what training took. The first row is plain local training, a module and `torch.optim.AdamW`. A round has
-one client. Before it is dealt out the model lies in memory once; that is not part of the peak.
+Each rank first trains a tiny model the same way, which imports and allocates what any run needs, and notes its resident
+memory; then it trains the real one and notes the highest resident memory of a round. The difference is what training
+took. The first row is plain local training, a module and `torch.optim.AdamW`. A round has one client. Before it is
+dealt out the model lies in memory once; that is not part of the peak.
 """
 
 from __future__ import annotations

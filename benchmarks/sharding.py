@@ -112,6 +112,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="samples of a local step, shared out over the ranks")
     parser.add_argument("--steps", type=int, default=2, help="local steps of the round")
     options = parser.parse_args()
+    # By itself malloc keeps what is freed of tensors below a size that grows with use, and shards would look large.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     model = Gpt2(dim=options.dim, depth=options.depth, heads=8)
     found = {"plain AdamW, one process": on_ranks(1, plain, model, options.batch, options.steps)}
     for name, (sharding, size) in VARIANTS.items():

@@ -1,8 +1,9 @@
 """Checkpoints: atomic, checksummed, written by all ranks, readable by any number of ranks.
 
-A checkpoint is a folder `round-000010` with `server.safetensors`, client state by rank and page, `manifest.json`, which
-names every file with its SHA-256, and `manifest.sha256`. It is written under another name, flushed, and renamed when
-complete: what bears the final name is whole, and a failure leaves the previous checkpoint as it was.
+A checkpoint is a folder `round-000010` with `server.safetensors` (or its shards, where a client is trained by several
+ranks), client state by rank and page, `manifest.json`, which names every file with its SHA-256, and `manifest.sha256`.
+It is written under another name, flushed, and renamed when complete: what bears the final name is whole, and a failure
+leaves the previous checkpoint as it was.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from .config import ConfigError
 from .federated.engine import Engine
 from .federated.evaluators import Choice
+from .federated.sharding import Cut, common, dealt
 
 MANIFEST, SEAL = "manifest.json", "manifest.sha256"
 
@@ -52,16 +55,16 @@ def save(root: Path, engine: Engine, fingerprint: dict[str, Any], totals: dict[s
         try:
             outcome = step()
         except OSError as error:
-            outcome = CheckpointError(f"rank {collectives.rank} cannot write checkpoint {final}: {error}")
+            outcome = CheckpointError(f"rank {collectives.process_rank} cannot write checkpoint {final}: {error}")
         outcomes = collectives.gather(outcome)
         if failures := [outcome for outcome in outcomes if isinstance(outcome, CheckpointError)]:
-            if collectives.rank == 0:
+            if collectives.leader:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError("; ".join(map(str, failures)) + "; earlier checkpoints are untouched")
         return outcomes
 
     def prepare() -> None:
-        if collectives.rank == 0:
+        if collectives.leader:
             for left_over in root.glob(".partial-*"):
                 shutil.rmtree(left_over)
             partial.mkdir(parents=True)
@@ -74,12 +77,13 @@ def save(root: Path, engine: Engine, fingerprint: dict[str, Any], totals: dict[s
         return hashes
 
     def publish() -> None:
-        if collectives.rank != 0:
+        if not collectives.leader:
             return
         assert engine.choice is not None
         manifest = {
             "round": engine.round,
-            "world_size": collectives.world_size,
+            "world_size": collectives.processes,
+            "cut": asdict(engine.cut),
             "fingerprint": fingerprint,
             "totals": totals,
             "choice": asdict(engine.choice),
@@ -117,7 +121,7 @@ def restore(root: Path, engine: Engine, fingerprint: dict[str, Any]) -> tuple[di
         CheckpointError: every checkpoint is damaged.
         ConfigError: the configuration differs from the one that wrote it.
     """
-    found = _find(root) if engine.collectives.rank == 0 else None
+    found = _find(root) if engine.collectives.leader else None
     manifest, path, notes = engine.collectives.gather(found)[0]
     if path is None and not notes:
         return None
@@ -127,7 +131,7 @@ def restore(root: Path, engine: Engine, fingerprint: dict[str, Any]) -> tuple[di
         raise ConfigError(
             f"{path} belongs to another configuration: {'; '.join(differing)}; use the same one, or a new run_dir"
         )
-    engine.collectives.agree(lambda: _load(path, sorted(manifest["sha256"]), engine))
+    engine.collectives.agree(lambda: _load(path, sorted(manifest["sha256"]), Cut(**manifest["cut"]), engine))
     engine.round = manifest["round"]
     engine.settle(Choice(**manifest["choice"]))
     if engine.accountant is not None and engine.mechanism is not None:
@@ -144,28 +148,63 @@ def _ledger(engine: Engine) -> dict[str, Any] | None:
     return {name: getattr(engine.accountant, name) for name in names} | {"seed": engine.mechanism.seed}
 
 
-def _load(path: Path, names: list[str], engine: Engine) -> None:
-    """Server state, who owns which client, and the state of this rank's clients."""
-    for name, value in load_file(path / "server.safetensors").items():
-        engine.server[name] = value.to(engine.server.x.device)
+def _load(path: Path, names: list[str], written: Cut, engine: Engine) -> None:
+    """Server state, who owns which client, and the state of this rank's clients; of vectors this rank's shard.
+
+    Args:
+        names: of the files.
+        written: how vectors were dealt out over ranks when they were written.
+    """
+    whole, shard = engine.layout.whole, engine.collectives.group.index % engine.cut.shards
+    along = dealt(engine.algorithm, whole, written) | dealt(engine.algorithm, whole, engine.cut)
+    with ExitStack() as open_files:
+        files = [path / _server_file(written, number) for number in range(written.shards)]
+        parts = [open_files.enter_context(safe_open(file, "pt")) for file in files]
+        for name, value in engine.server.items():
+            if name not in along:
+                engine.server[name] = parts[0].get_tensor(name).to(value.device)
+                continue
+            loaded = torch.empty(value.shape, dtype=value.dtype)
+            for number, part in enumerate(parts):
+                for there, here in common(along[name], written, number, engine.cut, shard):
+                    loaded[here] = part.get_slice(name)[there]
+            engine.server[name] = loaded.to(value.device)
+    kept, d = len(engine.store.names), engine.layout.d
+    seen: set[int] = set()
     for name in names:
         if name.startswith("clients-"):
-            # Rank w of the writer goes to rank w here; with fewer ranks they wrap around.
-            owner = int(name.split("-")[1]) % engine.collectives.world_size
+            group, number = divmod(int(name.split("-")[1]), written.shards)
+            # Group w of the writer goes to group w here; with fewer groups they wrap around.
+            owner = group % engine.collectives.world_size
             with safe_open(path / name, "pt") as page:
                 clients = page.get_tensor("ids").tolist()
                 engine.owners.update(dict.fromkeys(clients, owner))
-                if owner == engine.collectives.rank:
-                    for client, row in zip(clients, page.get_tensor("rows"), strict=True):
-                        engine.store.put_row(client, row)
+                if owner != engine.collectives.rank:
+                    continue
+                rows = page.get_tensor("rows").unflatten(1, (kept, -1))
+                shared = list(common(whole.entries, written, number, engine.cut, shard))
+                for client, row in zip(clients, rows, strict=True):
+                    if client not in seen:
+                        seen.add(client)
+                        engine.store.put_row(client, torch.zeros(kept * d, dtype=row.dtype))
+                    for there, here in shared:
+                        engine.store.row(client).view(kept, d)[:, here] = row[:, there]
 
 
 def _files(engine: Engine) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """What this rank writes: name and tensors, one file in memory at a time."""
-    if engine.collectives.rank == 0:
-        yield "server.safetensors", {name: value.contiguous().cpu() for name, value in engine.server.items()}
+    collectives, shard = engine.collectives, engine.collectives.group.index
+    if shard >= engine.cut.shards:  # a replica of the first rank of its group
+        return
+    if collectives.rank == 0:
+        server = {name: value.contiguous().cpu() for name, value in engine.server.items()}
+        yield _server_file(engine.cut, shard), server
     for page, tensors in enumerate(engine.store.pages()):
-        yield f"clients-{engine.collectives.rank}-{page}.safetensors", tensors
+        yield f"clients-{collectives.rank * engine.cut.shards + shard}-{page}.safetensors", tensors
+
+
+def _server_file(cut: Cut, shard: int) -> str:
+    return "server.safetensors" if cut.shards == 1 else f"server-{shard}.safetensors"
 
 
 def _find(root: Path) -> tuple[dict[str, Any] | None, Path | None, list[str]]:

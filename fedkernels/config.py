@@ -33,6 +33,7 @@ from .data.tokens import Tokens
 from .federated.codecs import CODECS
 from .federated.evaluators import EvaluatorName
 from .federated.objective import Precision
+from .federated.parallel import DeepSpeedSettings, Sharding
 from .federated.schedule import LrSchedule
 from .kernels.dispatch import KernelsName
 from .layout import Role
@@ -119,6 +120,10 @@ class Config:
         keep_checkpoints: newest checkpoints that stay on disk.
         store_memory_bytes: per-client state held in memory per rank before it is mapped from files.
         timeout_s: longest a rank waits for the others, at the start and in every collective.
+        sharding: how the ranks of a client group share its model: ddp splits mini-batches, fsdp2 and deepspeed (ZeRO-3)
+            the model too, with every vector of the algorithm; none trains a client on one rank.
+        shard_size: ranks of a client group.
+        deepspeed: what sharding by deepspeed leaves to choose; null for its defaults.
         privacy: client-level differential privacy of algorithms that ask for it.
     """
 
@@ -156,6 +161,9 @@ class Config:
     keep_checkpoints: Count = 2
     store_memory_bytes: Annotated[float, Field(ge=0, lt=math.inf)] = 2.0**30
     timeout_s: Annotated[float, Field(ge=1, le=86400)] = 600.0
+    sharding: Sharding = "none"
+    shard_size: Count = 1
+    deepspeed: DeepSpeedSettings | None = None
     privacy: Privacy | None = None
 
     def __post_init__(self) -> None:
@@ -165,6 +173,14 @@ class Config:
             raise ConfigError("local_steps: missing; set local_steps, local_epochs or both")
         if self.reduction == "exact" and self.reduce_dtype != "float64":
             raise ConfigError(f"reduce_dtype: {self.reduce_dtype}, expected float64 with reduction: exact")
+        if self.sharding == "none" and self.shard_size > 1:
+            raise ConfigError(
+                f"shard_size: {self.shard_size} ranks to a client need sharding: ddp, fsdp2 or deepspeed, not none"
+            )
+        if self.sharding != "none" and self.shard_size == 1:
+            raise ConfigError(f"shard_size: 1, but sharding: {self.sharding} needs groups of 2 ranks or more")
+        if self.deepspeed is not None and self.sharding != "deepspeed":
+            raise ConfigError(f"deepspeed: has no effect with sharding: {self.sharding}; leave it null")
 
 
 def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:

@@ -199,10 +199,12 @@ class LocalOptimizer(Protocol):
         shared: names of the state that a preconditioner-aligning algorithm averages.
         counters: names of the state that counts the steps which shared state has seen before this round, `[C, 1]`.
         route: which parameters are its matrices; an optimizer without matrices has the default.
+        shardable: whether it works on shards of vectors: by coordinate, and through the layout beyond.
     """
 
     shared: ClassVar[tuple[str, ...]]
     counters: ClassVar[tuple[str, ...]]
+    shardable: ClassVar[bool]
 
     @property
     def route(self) -> Route: ...
@@ -264,7 +266,10 @@ class Algorithm(ABC):
         down: the server vectors a client receives.
         keep: vectors `[d]` that stay with each client between rounds, by name; they start at zero.
         local: the clients' optimizer, where the algorithm leaves a choice.
+        shardable: whether it works on shards of vectors: by coordinate, and through the layout beyond.
     """
+
+    shardable: ClassVar[bool] = False
 
     @property
     def down(self) -> tuple[str, ...]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -69,6 +69,24 @@ class Slab:
     def view(self, vector: Tensor) -> Tensor:
         """The matrices `[..., count, rows, cols]` of a flat vector `[..., d]`, without a copy."""
         return vector[..., self.start : self.stop].unflatten(-1, (self.count, self.rows, self.cols))
+
+
+class MatrixPart(Protocol):
+    """A shard's parts of all matrices, side by side at `[start, stop)` of its vectors."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+
+    def map(self, part: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a function of whole matrices makes of them times their slab's scale: this part `[C, stop - start]`.
+
+        Args:
+            part: `[C, stop - start]`.
+            function: maps each matrix of `[C, count, rows, cols]` alone.
+        """
+        ...
 
 
 class Layout:
@@ -138,16 +156,21 @@ class Layout:
                 slabs.append(slab)
                 group, matrix_start = key(name), matrix_stop
             start = stop
-        self.entries = tuple(entries)
         self.slabs = tuple(slabs)
-        self.d = start
-        self.d_matrix = matrix_start
+        self._index(entries, [entry for entry in entries if is_matrix(entry.name)], lengths)
+
+    def _index(self, entries: Sequence[Entry], matrices: Sequence[Entry], lengths: Sequence[int]) -> None:
+        """Take over what a vector holds: all parameters, those that are matrices, and the length of every block."""
+        self.entries = tuple(entries)
+        self.matrix_entries = tuple(matrices)
+        self._sizes = [entry.stop - entry.start for entry in entries]
+        self.d = sum(self._sizes)
+        self.d_matrix = sum(entry.stop - entry.start for entry in matrices)
         self.n_blocks = len(lengths) - 1
         edges = [0, *itertools.accumulate(lengths)]
         self._blocks = [slice(a, b) for a, b in itertools.pairwise(edges)]
-        self._sizes = [entry.stop - entry.start for entry in entries]
         self._by_name = {entry.name: entry for entry in entries}
-        self._matrix_runs = _runs((slab.start, slab.stop) for slab in slabs)
+        self._matrix_runs = _runs((entry.start, entry.stop) for entry in matrices)
         self._curvature: dict[str, CurvatureBlocks] = {}
         self._vector_runs = _gaps(self._matrix_runs, self.d)
 
@@ -208,6 +231,20 @@ class Layout:
     def vectors(self, vector: Tensor) -> Tensor:
         """All other coordinates `[..., d - d_matrix]`: a view where they are contiguous."""
         return _take(vector, self._vector_runs)
+
+    @property
+    def matrix_part(self) -> MatrixPart | None:
+        """Where no matrix is whole, since vectors are shards, what maps them all the same; otherwise None."""
+        return None
+
+    @property
+    def whole(self) -> Layout:
+        """The layout of whole vectors, where those of this one are shards; otherwise this one."""
+        return self
+
+    def norms(self, vectors: Tensor) -> Tensor:
+        """The l2 norms `[..., 1]` of vectors `[..., d]`, over all shards of each where these are shards."""
+        return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
 
     @property
     def vector_runs(self) -> Iterator[tuple[slice, slice]]:

@@ -36,6 +36,9 @@ FREE_KEYS = {
     "store_memory_bytes",
     "timeout_s",
     "on_nonfinite",
+    "sharding",
+    "shard_size",
+    "deepspeed",
 }
 
 # Keys that a continuation keeps, although the numbers do not depend on them.
@@ -97,15 +100,15 @@ def open_run(config: Config, data: Dataset, partition: Partition) -> None:
         raise ConfigError(f"run_dir: cannot write to {run_dir}: {error}") from None
 
 
-def save_model(config: Config, data: Dataset, module: nn.Module, trained: dict[str, Tensor], rounds: int) -> None:
+def save_model(
+    config: Config, data: Dataset, trained: dict[str, Tensor], frozen: dict[str, Tensor], rounds: int
+) -> None:
     """Write the model as `model.safetensors` and, in `model.json`, how to build it.
 
     Args:
-        module: of the run, for what is frozen in it; that is left out where it can be read again from the directory
-            that the model came from.
         trained: the trainable parameters by name.
+        frozen: the others, but for those that can be read again from the directory that the model came from.
     """
-    frozen = {} if isinstance(config.model, Pretrained) else dict(module.named_parameters())
     tensors = {name: value.detach().cpu().clone() for name, value in (frozen | trained).items()}
     temporary = config.run_dir / ".model.safetensors"
     temporary.write_bytes(save(tensors))

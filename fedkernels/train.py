@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import checkpoint, faults
 from .config import Config
@@ -81,7 +82,7 @@ def build(config: Config, collectives: Collectives, data: Dataset | None = None)
     common = {f.name: getattr(config, f.name) for f in fields(EngineSettings) if f.name != "work"}
     engine = Engine(
         config.algorithm,
-        Objective(module, data, device, config.precision),
+        Objective(module, data, device, config.precision, to_shard=config.sharding in ("fsdp2", "deepspeed")),
         partition,
         EngineSettings(work=work, **common),
         collectives,
@@ -107,12 +108,14 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
         LostRankError: another rank failed, died, or did not come to a collective within `timeout_s`.
     """
     device = pick_device(config.device)
-    with join(device, config.timeout_s, faults.from_environment(config.run_dir)) as collectives:
+    with join(
+        device, config.timeout_s, faults.from_environment(config.run_dir), shard_size=config.shard_size
+    ) as collectives:
         return _train(config, device, collectives, resume)
 
 
 def _train(config: Config, device: torch.device, collectives: Collectives, resume: bool) -> Outcome:
-    leader = collectives.rank == 0
+    leader = collectives.leader
     again = collectives.agree(lambda: leader and begun_by_this_job(config.run_dir))
     resume = any(collectives.gather(resume or again))
     collectives.agree(lambda: check_unused(config.run_dir) if leader and not resume else None)
@@ -127,8 +130,10 @@ def _train(config: Config, device: torch.device, collectives: Collectives, resum
         notes = [f"no checkpoint in {checkpoints}: starting from round 1"]
     elif resume:
         notes.append(f"resumed after round {engine.round} of {config.rounds}")
-    ranks = collectives.world_size
-    notes.append(f"{ranks} rank{'s' * (ranks > 1)} on {device.type}, {engine.layout.d:,} parameters")
+    ranks = f"{collectives.processes} rank{'s' * (collectives.processes > 1)}"
+    if collectives.group.size > 1:
+        ranks += f" in groups of {collectives.group.size} by {config.sharding}"
+    notes.append(f"{ranks} on {device.type}, {engine.layout.whole.d:,} parameters")
     notes.append(f"evaluator {choice.evaluator}, {choice.clients_per_batch} client(s) at once: {choice.why}")
     notes += codec_notes(engine.wires, engine.layout)
     if engine.mechanism is not None:
@@ -172,7 +177,8 @@ def _train(config: Config, device: torch.device, collectives: Collectives, resum
                 log.close()
         collectives.at(engine.round, "report")
         # Nobody leaves before the leader is done: launchers end all ranks when one exits as stopped.
-        collectives.agree(lambda: _finish(config, data, engine) if leader else None)
+        trained, frozen = ({}, {}) if collectives.rank else (engine.named_parameters(), _frozen(config, engine))
+        collectives.agree(lambda: _finish(config, data, trained, frozen, engine.round) if leader else None)
     return Outcome(config.run_dir, engine.round, stopped_by)
 
 
@@ -212,7 +218,7 @@ class _Log:
 
 def _count_lost_rounds(engine: Engine, run_dir: Path) -> list[str]:
     """Count rounds that came after the checkpoint: with secure noise they are released again, and not alike."""
-    rows = engine.collectives.agree(lambda: read_metrics(run_dir) if engine.collectives.rank == 0 else [])
+    rows = engine.collectives.agree(lambda: read_metrics(run_dir) if engine.collectives.leader else [])
     last = engine.collectives.gather(rows[-1]["round"] if rows else 0)[0]
     if engine.mechanism is None or engine.accountant is None or not engine.mechanism.secure or last <= engine.round:
         return []
@@ -237,8 +243,13 @@ def _privacy_notes(engine: Engine, rounds: int) -> list[str]:
     return notes
 
 
-def _finish(config: Config, data: Dataset, engine: Engine) -> None:
-    save_model(config, data, engine.objective.module, engine.named_parameters(), engine.round)
+def _frozen(config: Config, engine: Engine) -> dict[str, Tensor]:
+    """The parameters that are not trained, where they cannot be read again from the directory the model came from."""
+    return {} if isinstance(config.model, Pretrained) else engine.frozen_parameters()
+
+
+def _finish(config: Config, data: Dataset, trained: dict[str, Tensor], frozen: dict[str, Tensor], rounds: int) -> None:
+    save_model(config, data, trained, frozen, rounds)
     from .report import write_report  # matplotlib is only needed once, on one rank, at the end
 
     write_report([config.run_dir], config.run_dir / "report.html")

@@ -28,7 +28,8 @@ prepare_environment() {  # extras of the package, such as "hf,dev"
     source "$VENV/bin/activate"
     python -m pip install --quiet --upgrade pip setuptools wheel
     python -c 'import torch' 2>/dev/null || python -m pip install --quiet "${TORCH:-torch==2.13.0}"
-    python -m pip install --quiet --no-build-isolation --editable ".${1:+[$1]}"
+    # DeepSpeed builds what it needs of its own kernels when it is used; ninja is what it builds with.
+    DS_BUILD_OPS=0 python -m pip install --quiet --no-build-isolation --editable ".${1:+[$1]}"
     one_thread_per_rank
 }
 

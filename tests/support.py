@@ -67,6 +67,7 @@ def tiny_engine(
     collectives: Collectives | None = None,
     partition: Partition | None = None,
     module: nn.Module | None = None,
+    roles: dict[str, Role] | None = None,
     dtype: torch.dtype = torch.float64,
     objective: type[Objective] = Objective,
     directory: Path = Path("unused"),
@@ -74,7 +75,6 @@ def tiny_engine(
 ) -> Engine:
     """An engine over the tiny data and model, or over another module; settings override the defaults below."""
     torch.set_num_threads(1)
-    roles = None
     if module is None:
         module = tiny_model()
         roles = tiny_roles(module)

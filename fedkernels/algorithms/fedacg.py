@@ -37,6 +37,7 @@ class FedAcg(Algorithm):
     prox_beta: Annotated[float, Field(ge=0)] = 0.01
 
     down = ("z",)
+    shardable = True
 
     def up(self, layout: Layout) -> dict[str, Wire]:
         return {"delta": Wire()}

@@ -48,6 +48,8 @@ class FedAdamW(Algorithm):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     second_moment: Literal["hessian", "tensor", "full", "none"] = "hessian"
 
+    shardable = True
+
     @property
     def down(self) -> tuple[str, ...]:
         return ("x", "G") if self.second_moment == "none" else ("x", "G", "v_bar", "t")

@@ -38,6 +38,8 @@ class FedAvg(Algorithm):
     prox_mu: Annotated[float, Field(ge=0)] = 0.0
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
+    shardable = True
+
     def up(self, layout: Layout) -> dict[str, Wire]:
         return {"delta": Wire()}
 

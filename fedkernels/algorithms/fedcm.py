@@ -36,6 +36,7 @@ class FedCm(Algorithm):
     server_lr: Annotated[float, Field(gt=0)] = 1.0
 
     down = ("x", "G")
+    shardable = True
 
     def up(self, layout: Layout) -> dict[str, Wire]:
         return {"delta": Wire()}

@@ -39,6 +39,7 @@ class FedDyn(Algorithm):
     alpha: Annotated[float, Field(gt=0)] = 0.1
 
     keep = ("h_i",)
+    shardable = True
 
     def up(self, layout: Layout) -> dict[str, Wire]:
         return {"delta": Wire()}

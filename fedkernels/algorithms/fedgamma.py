@@ -40,6 +40,7 @@ class FedGamma(Algorithm):
 
     down = ("x", "c")
     keep = ("c_i",)
+    shardable = True
 
     def up(self, layout: Layout) -> dict[str, Wire]:
         return {"delta": Wire(), "delta_c": Wire(reduce="sum")}

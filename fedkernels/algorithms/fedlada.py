@@ -35,6 +35,7 @@ class AmsGrad:
 
     shared: ClassVar[tuple[str, ...]] = ("v", "v_hat")
     counters: ClassVar[tuple[str, ...]] = ()
+    shardable: ClassVar[bool] = True
     route: ClassVar[Route] = "hidden"
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
@@ -76,6 +77,7 @@ class FedLada(Algorithm):
     server_lr: Annotated[float, Field(gt=0)] = 1.0
 
     down = ("x", "G", "v_bar")
+    shardable = True
 
     def up(self, layout: Layout) -> dict[str, Wire]:
         return {"delta": Wire(), "v_hat": Wire(state=True)}

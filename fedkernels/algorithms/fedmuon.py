@@ -56,6 +56,8 @@ class FedMuon(Algorithm):
     orthogonalization: Orthogonalization = "newton_schulz"
     route: Route = "hidden"
 
+    shardable = True
+
     def __post_init__(self) -> None:
         if self.momentum_rank is not None and not self.share_momentum:
             raise ValueError(f"momentum_rank is {self.momentum_rank}, but without share_momentum no momentum is sent")

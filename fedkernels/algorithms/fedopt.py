@@ -38,6 +38,8 @@ class FedOpt(Algorithm):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     tau: Annotated[float, Field(gt=0)] = 1e-3
 
+    shardable = True
+
     @abstractmethod
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
         """v after a round with `square = Δ̄²`, `[d]` each."""

@@ -35,6 +35,8 @@ class FedSam(Algorithm):
     server_lr: Annotated[float, Field(gt=0)] = 1.0
     rho: Annotated[float, Field(ge=0)] = 0.1
 
+    shardable = True
+
     def up(self, layout: Layout) -> dict[str, Wire]:
         return {"delta": Wire()}
 
@@ -70,6 +72,7 @@ class MoFedSam(Algorithm):
     beta: Annotated[float, Field(gt=0, le=1)] = 0.1
 
     down = ("x", "G")
+    shardable = True
 
     def up(self, layout: Layout) -> dict[str, Wire]:
         return {"delta": Wire()}

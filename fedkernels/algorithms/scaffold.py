@@ -38,6 +38,7 @@ class Scaffold(Algorithm):
 
     down = ("x", "c")
     keep = ("c_i",)
+    shardable = True
 
     def up(self, layout: Layout) -> dict[str, Wire]:
         return {"delta": Wire(), "delta_c": Wire(reduce="sum")}

@@ -107,7 +107,8 @@ def diagnose_run(
         raise FileNotFoundError(f"{run_dir} is not a run folder: it has no config.yaml")
     run = Run.read(run_dir)
     config: Config = load(run_dir / "config.yaml", {"run_dir": str(run_dir), **(overrides or {})})
-    engine, _, _ = build(dataclasses.replace(config, precision="fp32"), Collectives())
+    alone = dataclasses.replace(config, precision="fp32", sharding="none", shard_size=1, deepspeed=None)
+    engine, _, _ = build(alone, Collectives())
     restored = checkpoint.restore(run_dir / "checkpoints", engine, fingerprint(config))
     if restored is None:
         raise FileNotFoundError(f"{run_dir} has no checkpoint: there is no state to diagnose")

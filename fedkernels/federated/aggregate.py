@@ -16,6 +16,7 @@ from ..layout import Layout
 from ..privacy.mechanism import GaussianMechanism
 from ..wire import Wire
 from .collectives import Collectives
+from .groups import ClientGroup
 
 
 class ExactSumError(OverflowError):
@@ -40,6 +41,7 @@ class Aggregator:
         dtype: of the sums, and of what travels between ranks; int64 for exact sums.
         slots: numbers the engine sends along.
         mechanism: releases the wires, which then are all private; None where none is.
+        group: the ranks that have the other shards of the same clients' uploads.
 
     Attributes:
         slots: `[slots]`, summed over ranks by `reduce`; sums over clients go there by `tally`.
@@ -54,7 +56,9 @@ class Aggregator:
         dtype: torch.dtype,
         slots: int,
         mechanism: GaussianMechanism | None = None,
+        group: ClientGroup | None = None,
     ) -> None:
+        self._group = group or ClientGroup()
         self._wires = dict(wires)
         self._layout = layout
         self._like = like
@@ -129,7 +133,8 @@ class Aggregator:
         """
         if self._mechanism is not None:
             return self._add_clipped(up, positions, self._mechanism)
-        finite = _finite_rows(up)
+        spoilt = self._group.sum((~_finite_rows(up)).to(self._real))
+        finite = (spoilt == 0).tolist()
         # A client of weight 0 is not read, whatever it sent.
         heard = torch.tensor(weights, dtype=torch.float64).where(torch.tensor(finite), 0)
         everyone = heard.to(self._like.device)
@@ -266,13 +271,13 @@ class Aggregator:
         }
 
 
-def _finite_rows(up: Mapping[str, Tensor]) -> list[bool]:
-    """Whether what each client sends is finite."""
+def _finite_rows(up: Mapping[str, Tensor]) -> Tensor:
+    """Whether what each client sends is finite, `[C]`."""
     # A finite sum has finite terms. Another one may just have overflowed, which in float64 no sane update does.
     totals = torch.stack([value.sum(1) for value in up.values()])
     if not torch.isfinite(totals).all():
         totals = torch.stack([value.sum(1, dtype=torch.float64) for value in up.values()])
-    return torch.isfinite(totals).all(0).tolist()
+    return torch.isfinite(totals).all(0)
 
 
 def protocol_bytes(

@@ -4,13 +4,16 @@ Every method does nothing on one rank, and every byte it puts on a link is added
 a ring all-reduce of n bytes moves 2(W−1)n in all, a broadcast (W−1)n, a point-to-point message n.
 
 Every collective ends within the time-out of the process group, and where it fails, the ranks at fault are named.
+
+Where a client is trained by a group of ranks, this is what groups exchange: each shard with the same shard of the other
+groups, so that no rank ever holds a whole vector for it. `rank` and `world_size` then count groups, and `link_bytes`
+what this shard moved.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
@@ -20,7 +23,9 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from ..faults import Faults
-from .watch import BEAT_S, LostRankError, Watch
+from .groups import ClientGroup
+from .guard import Guard
+from .watch import LostRankError, Watch
 
 T = TypeVar("T")
 
@@ -31,15 +36,48 @@ class Collectives:
     Args:
         watch: names the ranks at fault; without one, what fails raises the backend's own error.
         faults: that are to happen to this rank, in tests.
+        shard_size: ranks that train one client together; consecutive ranks form a group, so that one lies in a node.
+        timeout: of what a group, or a shard of all groups, exchanges; None for the backend's own.
 
     Raises:
         LostRankError: by every collective, where another rank fails, dies, or does not come to it in time.
+        ValueError: the ranks do not make whole groups.
+
+    Attributes:
+        rank, world_size: of groups; of ranks where groups are single ranks.
+        group: the ranks of this rank's group.
+        across: the ranks with this shard in all groups; None for all ranks.
+        process_rank, processes: of ranks.
+        leader: whether this is the first rank of all.
     """
 
-    def __init__(self, watch: Watch | None = None, faults: Faults | None = None) -> None:
+    def __init__(
+        self,
+        watch: Watch | None = None,
+        faults: Faults | None = None,
+        *,
+        shard_size: int = 1,
+        timeout: timedelta | None = None,
+    ) -> None:
         self.on = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if self.on else 0
-        self.world_size = dist.get_world_size() if self.on else 1
+        self.process_rank = dist.get_rank() if self.on else 0
+        self.processes = dist.get_world_size() if self.on else 1
+        if self.processes % shard_size:
+            raise ValueError(
+                f"shard_size: groups of {shard_size} ranks are not to be made of {self.processes}; start a multiple"
+            )
+        self.rank, shard = divmod(self.process_rank, shard_size)
+        self.world_size = self.processes // shard_size
+        self.leader = self.process_rank == 0
+        self._guard = Guard(watch)
+        self.group = ClientGroup()
+        self.across: dist.ProcessGroup | None = None
+        if shard_size > 1:
+            # Every rank takes part in making every group.
+            ranks = range(self.processes)
+            groups = [dist.new_group(list(ranks[g : g + shard_size]), timeout) for g in ranks[::shard_size]]
+            self.across = [dist.new_group(list(ranks[j::shard_size]), timeout) for j in range(shard_size)][shard]
+            self.group = ClientGroup(shard, shard_size, groups[self.rank], self._guard)
         self.link_bytes = 0
         self.watch, self.faults = watch, faults
 
@@ -58,46 +96,18 @@ class Collectives:
         if self.faults is not None:
             self.faults.at(round, stage)
 
+    def _peer(self, group: int) -> int:
+        """The rank that holds this shard in another group."""
+        return group * self.group.size + self.group.index
+
     def all_reduce(self, bucket: Tensor) -> Tensor:
         """Sum `bucket` over ranks, in place."""
         if self.world_size > 1:
-            with self._named():
-                self._arrive(bucket.device)
-                self._finish(dist.all_reduce(bucket, async_op=True), bucket.device)
+            with self._guard.named():
+                self._guard.arrive(bucket.device)
+                self._guard.finish(dist.all_reduce(bucket, group=self.across, async_op=True), bucket.device)
             self.link_bytes += 2 * (self.world_size - 1) * bucket.numel() * bucket.element_size()
         return bucket
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """What fails in a collective is some other rank's fault: say whose."""
-        if self.watch is not None:
-            self.watch.enter()
-        try:
-            yield
-        except LostRankError:
-            raise
-        except RuntimeError as error:
-            if self.watch is None:
-                raise
-            raise self.watch.lost(error) from error
-
-    def _arrive(self, device: torch.device) -> None:
-        """Meet all ranks on the host before an operation on a GPU, which nobody could be called back from."""
-        if self.watch is not None and device.type == "cuda":
-            here = torch.zeros(1)
-            self._finish(dist.all_reduce(here, async_op=True), here.device)
-
-    def _finish(self, work: Any, device: torch.device) -> None:
-        """Wait for an operation; on the host no longer than until it is known that a rank will not come to it."""
-        while self.watch is not None and device.type == "cpu" and not work.is_completed():
-            try:
-                work.wait(timedelta(seconds=BEAT_S))
-            except RuntimeError:
-                if work.is_completed():  # and failed
-                    raise
-            if self.watch.verdict is not None:
-                raise LostRankError(self.watch.verdict, first=self.watch.first)
-        work.wait()
 
     def reduce_blocks(self, sums: Tensor, blocks: Sequence[slice], holders: Sequence[Sequence[int]]) -> None:
         """Sum each block of `sums [d]` over the ranks that hold it, then give the result to all ranks, in place.
@@ -127,23 +137,24 @@ class Collectives:
                     continue
                 self.link_bytes += (block.stop - block.start) * sums.element_size()
                 if self.rank == rank and owner is not None:
-                    operations.append(dist.P2POp(dist.isend, sums[block], owner, tag=b))
+                    operations.append(dist.P2POp(dist.isend, sums[block], self._peer(owner), tag=b))
                 elif self.rank == owner:
                     part = torch.empty_like(sums[block])
-                    operations.append(dist.P2POp(dist.irecv, part, rank, tag=b))
+                    operations.append(dist.P2POp(dist.irecv, part, self._peer(rank), tag=b))
                     received.append((block, part))
-        with self._named():
-            self._arrive(sums.device)
+        with self._guard.named():
+            self._guard.arrive(sums.device)
             self._wait(operations)
             for block, part in received:
                 sums[block] += part
             broadcasts: list[Any] = []
             for block, owner in zip(blocks, owners, strict=True):
                 if owner is not None:
-                    broadcasts.append(dist.broadcast(sums[block], src=owner, async_op=True))
+                    source = self._peer(owner)
+                    broadcasts.append(dist.broadcast(sums[block], src=source, group=self.across, async_op=True))
                     self.link_bytes += (self.world_size - 1) * (block.stop - block.start) * sums.element_size()
             for broadcast in broadcasts:
-                self._finish(broadcast, sums.device)
+                self._guard.finish(broadcast, sums.device)
 
     def exchange(
         self,
@@ -163,10 +174,10 @@ class Collectives:
         sending, receiving, operations = iter(outgoing), iter(incoming), []
         for source, target in moves:
             if self.rank == source:
-                operations.append(dist.P2POp(dist.isend, next(sending), target))
+                operations.append(dist.P2POp(dist.isend, next(sending), self._peer(target)))
             elif self.rank == target:
-                operations.append(dist.P2POp(dist.irecv, next(receiving), source))
-        with self._named():
+                operations.append(dist.P2POp(dist.irecv, next(receiving), self._peer(source)))
+        with self._guard.named():
             self._wait(operations)
         self.link_bytes += len(moves) * message_bytes
 
@@ -190,29 +201,33 @@ class Collectives:
         return outcome
 
     def gather(self, value: Any) -> list[Any]:
-        """A small picklable value of every rank, in rank order; for agreement and errors, never for payloads."""
-        if self.world_size == 1:
+        """A small picklable value of every rank of every group, in rank order; for agreement, never for payloads."""
+        if self.processes == 1:
             return [value]
-        values: list[Any] = [None] * self.world_size
-        with self._named():
+        values: list[Any] = [None] * self.processes
+        with self._guard.named():
             dist.all_gather_object(values, value)
         return values
 
 
-def join(device: torch.device, timeout_s: float = 600.0, faults: Faults | None = None) -> Collectives:
+def join(
+    device: torch.device, timeout_s: float = 600.0, faults: Faults | None = None, *, shard_size: int = 1
+) -> Collectives:
     """Join the process group that torchrun announces in the environment, or stay a single process.
 
     Args:
         timeout_s: longest a rank waits for the others, at the start and in every collective.
         faults: that are to happen to this rank, in tests.
+        shard_size: ranks that train one client together.
 
     Raises:
         LostRankError: a rank did not start in time.
+        ValueError: the ranks do not make whole groups.
     """
     if "WORLD_SIZE" not in os.environ or not dist.is_available():
-        return Collectives(faults=faults)
+        return Collectives(faults=faults, shard_size=shard_size)
     if dist.is_initialized():
-        return Collectives(faults=faults)
+        return Collectives(faults=faults, shard_size=shard_size)
     rank, world_size, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=timeout_s)
     # torchrun's agent holds the store, and keeps it when it starts the ranks anew; without one the first rank does.
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -228,7 +243,7 @@ def join(device: torch.device, timeout_s: float = 600.0, faults: Faults | None =
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     group = PrefixStore(f"{prefix}/group", store)
     dist.init_process_group(backend, timeout=timeout, store=group, rank=rank, world_size=world_size)
-    collectives = Collectives(watch, faults)
+    collectives = Collectives(watch, faults, shard_size=shard_size, timeout=timeout)
     # NCCL wants all ranks in its first operation, and a move of client state has two of them.
     collectives.all_reduce(torch.zeros(1, device=device))
     collectives.link_bytes = 0

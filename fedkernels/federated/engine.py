@@ -25,8 +25,10 @@ from .codecs import Encoder, with_codec
 from .collectives import Collectives
 from .evaluators import BoundModule, Choice, Evaluator, choose, make_evaluator
 from .objective import Objective
+from .parallel import DataParallel, ShardedLoop, ShardedModule, check_shardable, cut_of, shard
 from .schedule import assign_blocks, learning_rate, place, sample_cohort
 from .settings import EngineSettings
+from .sharding import WHOLE, ShardedLayout
 from .store import ClientStore
 from .task import LocalTask
 
@@ -88,8 +90,13 @@ class Engine:
         self.collectives = collectives or Collectives()
         self.population = len(partition)
         self._check(partition)
-        self.layout = algorithm.layout(objective.module, roles)
+        whole = algorithm.layout(objective.module, roles)
+        group = self.collectives.group
+        self.cut = cut_of(settings.sharding, group.size)
+        self.layout = whole if self.cut == WHOLE else ShardedLayout(whole, self.cut, group)
         self.wires = with_codec(algorithm.up(self.layout), settings.codec)
+        if self.cut != WHOLE:
+            check_shardable(settings.sharding, algorithm, self.wires)
         self._encoder = Encoder(self.wires, self.layout, settings.seed)
         self.round = 0
         self.mechanism: GaussianMechanism | None = None
@@ -100,8 +107,11 @@ class Engine:
         self.nominal_steps = int(self.batches.work.steps(self.sizes).max())
         if settings.privacy is not None and settings.work.local_steps is not None:
             self.nominal_steps = settings.work.local_steps  # public, whatever the largest client has
-        x = self.layout.flatten(dict(objective.module.named_parameters()))
+        x = self.layout.flatten(dict(objective.module.named_parameters())).to(objective.device)
         self.server = Vectors(algorithm.init(x, self.layout), what="the server")
+        self._sizes: Mapping[str, Tensor] = self.server
+        if self.cut != WHOLE:
+            self._sizes = algorithm.init(torch.empty(whole.d, dtype=x.dtype, device="meta"), whole)
         self.stop_requested = False  # by this rank, at any moment
         self.stop_agreed = False  # by all ranks, with the last round
         self.dropped: list[str] = []
@@ -110,12 +120,16 @@ class Engine:
             (*algorithm.keep, *self._encoder.residuals.values()),
             self.layout.d,
             x.dtype,
-            directory / f"rank{self.collectives.rank}",
+            directory / f"rank{self.collectives.process_rank}",
             settings.store_memory_bytes,
         )
         self.kernels = Kernels(settings.kernels)
         self.kernels.check(x.device.type, x.dtype, self.layout.d)
-        self._bound = BoundModule(objective, self.layout)
+        self._bound: BoundModule | ShardedModule
+        if isinstance(self.layout, ShardedLayout):
+            self._bound = shard(objective, self.layout, settings.sharding, self.collectives, settings.deepspeed)
+        else:
+            self._bound = BoundModule(objective, self.layout)
         self._speeds = [1.0] * self.collectives.world_size
         self._gradients = x.new_empty(0, self.layout.d)
         self._sliced = any(wire.only_block for wire in self.wires.values())
@@ -126,16 +140,18 @@ class Engine:
             torch.int64 if settings.reduction == "exact" else getattr(torch, settings.reduce_dtype),
             N_SLOTS + 2 * self.collectives.world_size,
             self.mechanism,
+            self.collectives.group,
         )
         self._evaluator: Evaluator | None = None
         self.choice: Choice | None = None
 
     def _check(self, partition: Partition) -> None:
-        cohort, ranks = self.settings.cohort, self.collectives.world_size
+        cohort, ranks, shards = self.settings.cohort, self.collectives.world_size, self.collectives.group.size
         if not 1 <= cohort <= self.population:
             raise ValueError(f"cohort is {cohort}, expected 1 to the number of clients, {self.population}")
         if ranks > cohort:
-            raise ValueError(f"{ranks} ranks for a cohort of {cohort}: some would have no client; start fewer ranks")
+            who = "ranks" if shards == 1 else f"groups of {shards} ranks"
+            raise ValueError(f"{ranks} {who} for a cohort of {cohort}: some would have no client; start fewer ranks")
         sizes = partition.sizes
         if (empty := np.flatnonzero(sizes == 0)).size:
             raise ValueError(f"client {empty[0]} has no sample ({empty.size} of {self.population} clients are empty)")
@@ -153,6 +169,8 @@ class Engine:
         )
         if privacy is None:
             return
+        if privacy.noise == "secure" and self.collectives.group.size > 1:
+            raise ValueError("privacy.noise: 'secure' would differ among the ranks of a client group; use seeded noise")
         self.mechanism = GaussianMechanism(privacy, divisor=settings.cohort, run=run)
         self.accountant = Accountant(privacy.noise_multiplier, settings.cohort / self.population, privacy.delta)
         if self.last_round() == 0:
@@ -183,8 +201,21 @@ class Engine:
             ValueError: the settings say `batched`, and the model cannot be batched over clients.
         """
 
+        if not isinstance(self._bound, BoundModule):
+            if self.settings.evaluator in ("batched", "compiled"):
+                raise ValueError(
+                    f"evaluator: {self.settings.evaluator!r}; sharding: {self.settings.sharding} computes one client "
+                    "after another; expected auto or loop"
+                )
+            group, together = self.collectives.group, self.settings.clients_per_batch or 1
+            why = f"each on {group.size} ranks by {self.settings.sharding}"
+            self.choice = Choice("loop", together, why) if choice is None else replace(choice, evaluator="loop")
+            self._evaluator = ShardedLoop(self.objective, self._bound, group, self.settings.microbatch_size)
+            return self.choice
+        bound = self._bound
+
         def make(choice: Choice) -> Evaluator:
-            return make_evaluator(choice, self.objective, self.layout, self._bound, self.settings.microbatch_size)
+            return make_evaluator(choice, self.objective, self.layout, bound, self.settings.microbatch_size)
 
         if choice is None:
             most = -(-self.settings.cohort // self.collectives.world_size)
@@ -194,7 +225,7 @@ class Engine:
                 return next(iter(self.batches.draw(largest[:clients].tolist(), 0)))
 
             mine: Choice | ValueError | None = None
-            if self.collectives.rank == 0:
+            if self.collectives.leader:
                 evaluator, per_batch = self.settings.evaluator, self.settings.clients_per_batch
                 try:
                     mine = choose(evaluator, per_batch, most, self.server.x, sample, make)
@@ -209,6 +240,8 @@ class Engine:
             choice = decided
         assert choice is not None
         self.choice, self._evaluator = choice, make(choice)
+        if self.collectives.group.size > 1:
+            self._evaluator = DataParallel(self._evaluator, self.collectives.group)
         return choice
 
     @property
@@ -255,9 +288,12 @@ class Engine:
         if self.objective.device.type == "cuda":
             torch.cuda.synchronize(self.objective.device)
         slots = aggregator.slots
+        # Either may differ within a group, and what its ranks tell the others must not.
+        asked = slots.new_tensor([float(self.stop_requested), time.perf_counter() - busy_start])
+        self.collectives.group.sum(asked).div_(self.collectives.group.size)
         slots[DROPPED] = len(bad)
-        slots[STOP] = float(self.stop_requested)
-        slots[N_SLOTS + rank] = time.perf_counter() - busy_start
+        slots[STOP] = asked[0]
+        slots[N_SLOTS + rank] = asked[1]
         slots[N_SLOTS + world + rank] = sum(costs[p] for p in mine)
         holders = [
             [w for w in range(world) if any(blocks[p] == b for p in placed[w])] for b in range(self.layout.n_blocks)
@@ -267,7 +303,10 @@ class Engine:
         self.collectives.at(self.round + 1, "reduce")
         agg = aggregator.reduce(self.collectives, holders)
         loss_sum, loss_count, clients, steps, dropped, stop, *per_rank = slots.tolist()
-        self.dropped = [text for texts in self.collectives.gather(bad) for text in texts] if dropped else []
+        self.dropped = []
+        if dropped:
+            texts = self.collectives.gather(bad)[:: self.collectives.group.size]  # all ranks of a group say the same
+            self.dropped = [line for lines in texts for line in lines]
         if dropped and settings.on_nonfinite == "error":
             raise NonFiniteUpdateError("; ".join(self.dropped))
         self.stop_agreed = stop > 0
@@ -287,7 +326,7 @@ class Engine:
         self._note_speeds(per_rank[:world], per_rank[world:])
         self.round += 1
         up_bytes, down_bytes = protocol_bytes(
-            self.algorithm.down, self.server, self.wires, self.layout, blocks, self.server.x.element_size()
+            self.algorithm.down, self._sizes, self.wires, self.layout.whole, blocks, self.server.x.element_size()
         )
         round_s = time.perf_counter() - start
         busiest = max(per_rank[:world])
@@ -298,7 +337,7 @@ class Engine:
             "train_loss": loss_sum / loss_count if loss_count else None,
             "protocol_up_bytes": up_bytes,
             "protocol_down_bytes": down_bytes,
-            "link_bytes": self.collectives.link_bytes - link_before,
+            "link_bytes": self._of_all_shards(self.collectives.link_bytes - link_before),
             "clients_per_s": clients / round_s,
             "rank_idle": 1 - sum(per_rank[:world]) / (world * busiest) if busiest else 0.0,
             "cohort": int(clients),
@@ -435,21 +474,40 @@ class Engine:
             measured = [w / s for s, w in zip(busy_s, work, strict=True)]
             self._speeds = [m if self.round == 0 else (v + m) / 2 for v, m in zip(self._speeds, measured, strict=True)]
 
+    def _of_all_shards(self, link_bytes: int) -> int:
+        counted = torch.tensor(float(link_bytes), dtype=torch.float64, device=self.objective.device)
+        return int(self.collectives.group.sum(counted))
+
     def evaluate(self) -> dict[str, float]:
         """Loss, accuracy and the task's own metrics of the server model on the test set, shared out over ranks."""
         self.collectives.at(self.round, "evaluate")
         module = self.objective.module
         self._bound.bind(self.server.x, None)
         module.eval()
-        rank, world = self.collectives.rank, self.collectives.world_size
-        share = -(-self.objective.test_samples // world)
-        stop = min(self.objective.test_samples, (rank + 1) * share)
+        collectives, samples = self.collectives, self.objective.test_samples
+        share = -(-samples // collectives.processes)
+        first = collectives.process_rank * share
+        stop = min(samples, first + share)
         sums = torch.zeros(self.objective.n_sums, dtype=torch.float64, device=self.objective.device)
-        for first in range(rank * share, stop, EVAL_BATCH):
-            sums += self.objective.evaluate(slice(first, min(stop, first + EVAL_BATCH)))
+        for at in range(first, first + share, EVAL_BATCH):
+            if at < stop:
+                sums += self.objective.evaluate(slice(at, min(stop, at + EVAL_BATCH)))
+            elif collectives.group.size > 1:
+                self.objective.evaluate(slice(0, 1))  # a sharded module computes on all ranks of its group
         module.train()
-        return self.objective.scores(self.collectives.all_reduce(sums))
+        collectives.group.sum(collectives.all_reduce(sums))
+        return self.objective.scores(sums)
 
     def named_parameters(self) -> dict[str, Tensor]:
-        """The server model by parameter name, as views."""
-        return self.layout.views(self.server.x)
+        """The server model by parameter name, as views; where it is sharded, all ranks of a group call this, and the
+        first gets it on its host, the others nothing."""
+        if not isinstance(self.layout, ShardedLayout):
+            return self.layout.views(self.server.x)
+        x = self.layout.gather(self.server.x)
+        return {} if x is None else self.layout.whole.views(x)
+
+    def frozen_parameters(self) -> dict[str, Tensor]:
+        """The parameters that are not trained; where they are sharded, as `named_parameters`."""
+        if not isinstance(self._bound, BoundModule):
+            return self._bound.frozen()
+        return {name: p.detach() for name, p in self.objective.module.named_parameters() if not p.requires_grad}

@@ -89,7 +89,11 @@ def sam_gradient(task: Task, rho: float) -> Callable[[Tensor, Batch], Tensor]:
     ascended = empty_rows(task.steps, len(task.steps), task.layout.d)
 
     def gradient(y: Tensor, batch: Batch) -> Tensor:
-        fused_sam(y, task.grad(y, batch), rho=rho, out=ascended)
+        g = task.grad(y, batch)
+        if task.layout.whole is task.layout:
+            fused_sam(y, g, rho=rho, out=ascended)
+        else:
+            fused_sam(y, g, coefficient=rho / (task.layout.norms(g).squeeze(1) + 1e-12), out=ascended)
         return task.grad(ascended, batch)
 
     return gradient

@@ -25,10 +25,19 @@ class Objective:
 
     Args:
         precision: `bf16` computes forward and backward under autocast; parameters and updates stay as they are.
+        to_shard: leave the module where it is: it will be dealt out over ranks, and no device should hold all of it.
     """
 
-    def __init__(self, module: nn.Module, data: Dataset, device: torch.device, precision: Precision = "fp32") -> None:
-        self.module = module.to(device)
+    def __init__(
+        self,
+        module: nn.Module,
+        data: Dataset,
+        device: torch.device,
+        precision: Precision = "fp32",
+        *,
+        to_shard: bool = False,
+    ) -> None:
+        self.module = module if to_shard else module.to(device)
         self.device = device
         self.precision = precision
         self.kind = data.kind

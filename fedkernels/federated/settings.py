@@ -10,6 +10,7 @@ from ..privacy.mechanism import Privacy
 from ..wire import Codec
 from .batches import LocalWork
 from .evaluators import EvaluatorName
+from .parallel import DeepSpeedSettings, Sharding
 from .schedule import LrSchedule
 
 
@@ -30,6 +31,8 @@ class EngineSettings:
         reduction: `exact` sums integers, whose sum no number and order of ranks can change; `fast` sums `reduce_dtype`.
         kernels: what optimizer steps and the other ops run on; `auto` takes the fastest backend that can run each.
         store_memory_bytes: client state held in memory per rank before pages are mapped from files.
+        sharding: how the ranks of a client group share its model; `none` where groups are single ranks.
+        deepspeed: what `sharding: deepspeed` leaves to choose; None for its defaults.
         privacy: how an algorithm's private wires are released; they need it, and no other wires may be there with it.
     """
 
@@ -52,4 +55,6 @@ class EngineSettings:
     on_nonfinite: Literal["error", "drop_client"] = "error"
     kernels: KernelsName = "auto"
     store_memory_bytes: float = 2.0**30
+    sharding: Sharding = "none"
+    deepspeed: DeepSpeedSettings | None = None
     privacy: Privacy | None = None

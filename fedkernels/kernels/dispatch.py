@@ -6,7 +6,6 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -26,6 +25,13 @@ VARIABLES = {
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# What the extension defines: one that was built before the newest of these is refused as a whole.
+COMPILED = (
+    "accumulate", "encode_bf16", "encode_int8", "exact_add", "exact_value", "fused_adamw", "fused_sam", "fused_sgd",
+    "muon_step", "newton_schulz", "row_norm", "square_sums",
+)  # fmt: skip
+
+
 def _load_extension() -> str | None:
     """Load the compiled C++ kernels; why they are not there, or None."""
     found = sorted(Path(__file__).resolve().parent.parent.glob("_C*.so"))
@@ -35,6 +41,8 @@ def _load_extension() -> str | None:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         return f"extension does not load, reinstall to build it for torch {torch.__version__}: {error}"
+    if absent := [op for op in COMPILED if not hasattr(torch.ops.fedkernels, f"{op}_cpp")]:
+        return f"extension is older than this package, reinstall to build it again: it lacks {', '.join(absent)}"
     return None
 
 
@@ -92,12 +100,12 @@ class Kernels:
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Ops that are called inside, in this thread, belong to the run."""
-        token = _RUN.set(self)
+        """Ops that are called inside belong to the run."""
+        _RUNS.append(self)
         try:
             yield
         finally:
-            _RUN.reset(token)
+            _RUNS.pop()
 
     def check(self, device: str, dtype: torch.dtype, d: int) -> None:
         """Look whether the steps over flat rows, which every run takes, can run as asked.
@@ -114,7 +122,8 @@ class Kernels:
         return f"kernels {self.backend}: {', '.join(ran) or 'none ran'}"
 
 
-_RUN: ContextVar[Kernels | None] = ContextVar("run", default=None)
+# Innermost last. A list, because torch.compile traces no context variable; runs of several threads would mix.
+_RUNS: list[Kernels] = []
 
 
 class Rule(Protocol):
@@ -166,7 +175,7 @@ def choose(
         >>> choose("fused_adamw", ON_ROWS, "meta", torch.float32, (2, 10)).backend
         'reference'
     """
-    run = _RUN.get()
+    run = _RUNS[-1] if _RUNS else None
     choice = _choose(op, rules, device, dtype, shape, backend, run)
     if run is not None:
         run.chosen[op] = choice

@@ -42,6 +42,7 @@ class AdamW:
 
     shared: ClassVar[tuple[str, ...]] = ("v",)
     counters: ClassVar[tuple[str, ...]] = ("v_steps",)
+    shardable: ClassVar[bool] = True
     route: ClassVar[Route] = "hidden"
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from ..contract import Move
 from ..kernels.muon_step import muon_step
-from ..kernels.newton_schulz import Orthogonalization
+from ..kernels.newton_schulz import Orthogonalization, newton_schulz
 from ..kernels.rows import zero_rows
-from ..layout import Layout, Route
+from ..layout import Layout, MatrixPart, Route
 from .adamw import AdamW
+from .steps import active_rows, step_along
 
 
 def require_matrices(layout: Layout, optimizer: str = "Muon") -> Layout:
@@ -22,7 +24,7 @@ def require_matrices(layout: Layout, optimizer: str = "Muon") -> Layout:
     Raises:
         ValueError: it has no matrix.
     """
-    if not layout.slabs:
+    if not layout.whole.slabs:
         raise ValueError(f"{optimizer} needs hidden weight matrices, and this model has none; use adamw or sgd")
     return layout
 
@@ -62,6 +64,7 @@ class Muon:
 
     shared: ClassVar[tuple[str, ...]] = ("M",)
     counters: ClassVar[tuple[str, ...]] = ()
+    shardable: ClassVar[bool] = True
 
     def _adamw(self) -> AdamW:
         return AdamW(beta1=self.adamw_beta1, beta2=self.adamw_beta2, eps=self.adamw_eps, weight_decay=self.weight_decay)
@@ -88,4 +91,15 @@ class Muon:
                 steps=self.ns_steps,
                 method=self.orthogonalization,
             )
+        if layout.matrix_part is not None:
+            self._step_part(layout.matrix_part, state["M"], g, y, move)
         self._adamw().step_runs(state, g, y, layout.vector_runs, move)
+
+    def _step_part(self, part: MatrixPart, M: Tensor, g: Tensor, y: Tensor, move: Move) -> None:
+        """The step of matrices that are dealt out over ranks, which are whole only where they are orthogonalized."""
+        at = slice(part.start, part.stop)
+        with active_rows(move.active, [M]):
+            M.lerp_(g[:, at], 1 - self.momentum)
+            u = torch.lerp(g[:, at], M, self.momentum)
+        o = part.map(u, lambda matrices: newton_schulz(matrices, self.ns_steps, self.orthogonalization))
+        step_along(o, y[:, at], move.on(at), weight_decay=self.weight_decay, factor=self.lr_multiplier)

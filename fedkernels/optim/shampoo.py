@@ -60,6 +60,7 @@ class Shampoo:
 
     shared: ClassVar[tuple[str, ...]] = ("H",)
     counters: ClassVar[tuple[str, ...]] = ("H_steps",)
+    shardable: ClassVar[bool] = False
 
     def _adamw(self) -> AdamW:
         return AdamW(beta1=self.adamw_beta1, beta2=self.adamw_beta2, eps=self.adamw_eps, weight_decay=self.weight_decay)

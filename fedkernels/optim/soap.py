@@ -56,6 +56,7 @@ class Soap:
 
     shared: ClassVar[tuple[str, ...]] = ("H",)
     counters: ClassVar[tuple[str, ...]] = ()
+    shardable: ClassVar[bool] = False
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:
         size = factor_size(require_matrices(layout, "SOAP"))

@@ -44,6 +44,7 @@ class Sophia:
 
     shared: ClassVar[tuple[str, ...]] = ("h",)
     counters: ClassVar[tuple[str, ...]] = ()
+    shardable: ClassVar[bool] = True
     route: ClassVar[Route] = "hidden"
 
     def init(self, y: Tensor, layout: Layout) -> dict[str, Tensor]:

@@ -215,11 +215,16 @@ class LinearLoss(Objective):
     """The mean of the target's logit: for a linear model its gradient does not depend on the parameters."""
 
     def loss(
-        self, forward: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, weights: Tensor | None
+        self,
+        forward: Callable[[Tensor], Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        count: Tensor | float | None = None,
     ) -> Tensor:
         picked = forward(inputs).gather(1, targets[:, None])[:, 0]
         weights = torch.ones_like(picked) if weights is None else weights
-        return (picked * weights).sum() / weights.sum()
+        return (picked * weights).sum() / (weights.sum() if count is None else count)
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "samples"])

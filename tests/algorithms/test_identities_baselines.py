@@ -190,11 +190,17 @@ class Squares(Objective):
     """Least squares on one-hot targets: every client's loss is a convex quadratic of a linear model."""
 
     def loss(
-        self, forward: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, weights: Tensor | None
+        self,
+        forward: Callable[[Tensor], Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        count: Tensor | float | None = None,
     ) -> Tensor:
         one_hot = (targets[:, None] == torch.arange(CLASSES)).double()
         residuals = (forward(inputs) - one_hot).square().sum(-1) / 2
-        return residuals.mean() if weights is None else (residuals * weights).sum() / weights.sum()
+        weights = torch.ones_like(residuals) if weights is None else weights
+        return (residuals * weights).sum() / (weights.sum() if count is None else count)
 
 
 RIDGE, ROUNDS = 0.1, 250

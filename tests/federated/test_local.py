@@ -19,7 +19,7 @@ from fedkernels.federated.evaluators import BoundModule, Choice, make_evaluator
 from fedkernels.federated.local import rescale_, run_local, sam_gradient
 from fedkernels.federated.objective import Objective
 from fedkernels.federated.task import LocalTask
-from fedkernels.layout import Layout
+from fedkernels.layout import Layout, Role
 from fedkernels.optim import Sgd
 
 CLIENTS, SAMPLES, RHO = 3, 6, 0.3
@@ -113,7 +113,8 @@ def test_a_zero_gradient_leads_nowhere(dtype: torch.dtype) -> None:
         asked.append(y.clone())
         return torch.zeros_like(y)
 
-    task: Any = SimpleNamespace(grad=grad, steps=torch.ones(2, 1, dtype=dtype), layout=SimpleNamespace(d=3))
+    layout = Layout({"w": (3,)}, {"w": Role("bias")})
+    task: Any = SimpleNamespace(grad=grad, steps=torch.ones(2, 1, dtype=dtype), layout=layout)
     y = torch.arange(6, dtype=dtype).view(2, 3)
     assert torch.equal(sam_gradient(task, RHO)(y, a_batch()), torch.zeros_like(y))
     assert len(asked) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from fedkernels.kernels.dispatch import MISSING, ON_ROWS, BackendError, Choice, 
 from fedkernels.kernels.fused_adamw import fused_adamw
 from fedkernels.kernels.overview import MATRICES, MATRIX_OPS, OPS, SHAPES
 
+ROOT = Path(__file__).resolve().parents[2]
 HERE = {"triton": None, "cpp": None, "reference": None}
 
 
@@ -112,6 +114,8 @@ def test_the_command_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     table = lines[lines.index("cpu, float32:") + 1 :][: len(starts)]
     for line, start in zip(table, starts, strict=True):
         refused = "" if start.startswith("exact_add ") else "; not triton: runs on cuda, not on cpu"
+        if start.split()[0] in MATRIX_OPS:
+            refused = f"; not cuda: {dispatch.MISSING['cuda']}{refused}"
         assert line.strip() == f"{start}cpp: the fastest on cpu{refused}"
 
 
@@ -121,6 +125,17 @@ def test_the_command_with_a_backend_that_cannot_run(
     monkeypatch.setenv("FEDKERNELS_BACKEND", "triton")
     assert main(["kernels"]) == 1
     assert "FEDKERNELS_BACKEND=triton cannot run fused_adamw" in capsys.readouterr().err
+
+
+def test_every_compiled_op_is_expected_of_the_extension() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "bindings").glob("*.cpp"))
+    assert set(dispatch.COMPILED) == set(re.findall(r'"(\w+)_cpp\(', sources))
+
+
+def test_an_extension_that_lacks_an_op_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "COMPILED", ("fused_sgd", "newer"))
+    assert "older than this package" in (dispatch._load_extension() or "")
+    assert "lacks newer" in (dispatch._load_extension() or "")
 
 
 @pytest.mark.parametrize(("spoilt", "reason"), [(False, "extension not built"), (True, "extension does not load")])

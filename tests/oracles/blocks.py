@@ -115,14 +115,15 @@ def fedbcgd(
 
 
 # Where three blocks of even length are cut, at ends of rows, by the size of the model.
-CUTS = {332: (96, 200), 403: (99, 192), 1004: (320, 648), 2996: (984, 1976)}
+CUTS = {332: (96, 200), 403: (99, 192), 1004: (320, 648), 2992: (984, 1976)}
 
 
 def in_three(f: Federation, rounds: int, **options: Any) -> dict[str, Any]:
-    """All but the head, whose weight and bias come last in every model."""
+    """All but the head, which comes last in every model: a weight and a bias, and of GPT-2 a weight alone."""
     start = f.start()
     cuts = CUTS[sum(p.numel() for p in start.values())]
-    return fedbcgd(f, rounds, blocks=rows_between(f, list(start)[:-2], cuts), **options)
+    own = list(start)[: -2 if list(start)[-1].endswith("bias") else -1]
+    return fedbcgd(f, rounds, blocks=rows_between(f, own, cuts), **options)
 
 
 CASES: dict[str, Case] = {

@@ -67,13 +67,15 @@ def gpt2() -> Built:
     tokens = torch.from_numpy((1 + labels[:, None] + rng.integers(0, 3, (150, 6))).astype(np.uint8))
     targets = torch.from_numpy(labels)
     choice = MODELS["gpt2"](dim=8, depth=1, heads=2)
-    module = well_conditioned(choice.build("text", (6,), CLASSES), "model.h.0.attn.c_attn.bias")
+    module = well_conditioned(choice.build("text", (6,), CLASSES), "model.transformer.h.0.attn.c_attn.bias")
     return module, choice.roles(module), Dataset("text", tokens, targets, tokens, targets, CLASSES, targets, None)
 
 
 VIT_LAYER = "model.vit.layers.0."
 VIT_QK = tuple(f"{VIT_LAYER}attention.{n}_proj.weight" for n in "qk")
-GPT2_WEIGHTS = tuple(f"model.h.0.{n}.weight" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
+GPT2_WEIGHTS = tuple(
+    f"model.transformer.h.0.{n}.weight" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+)
 MODEL_FACTS: dict[Callable[[], Built], dict[str, Any]] = {
     tiny: {"hidden": ("1.weight", "4.weight", "6.weight")},
     conv: {"hidden": ("0.weight", "3.weight")},

@@ -384,18 +384,24 @@ def test_ranks_of_a_group_agree(sharding: str) -> None:
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 def test_adapters_of_transformers(sharding: str) -> None:
-    """Only adapters and heads are dealt out by the layout; the frozen base comes back whole as well."""
+    """Only adapters and heads are dealt out by the layout; the frozen base comes back whole as well.
+
+    Norms of Llama compute in float32 whatever the model's dtype, and ddp scales a part of a mini-batch after the backward
+    pass, not before it: nine steps at η = 0.05 along directions of order one then differ by some units of float32.
+    """
     alone = adapters_in_groups(Collectives(), 1, "none")
     first, second = on_ranks(2, adapters_in_groups, 2, sharding)
     assert first.keys() == alone.keys()
     for name, expected in alone.items():
+        in_float32 = sharding == "ddp" and name.startswith("llama")
+        tolerance = 9 * 0.05 * 4 * float(np.finfo(np.float32).eps) if in_float32 else 1e-12
         for kind in ("trained", "frozen"):
             assert first[name][kind].keys() == expected[kind].keys()
             for key, value in expected[kind].items():
-                np.testing.assert_allclose(first[name][kind][key], value, rtol=1e-12, atol=1e-12, err_msg=key)
+                np.testing.assert_allclose(first[name][kind][key], value, rtol=1e-12, atol=tolerance, err_msg=key)
         told = ("train_loss", "test_loss", "test_accuracy", "protocol_up_bytes")
         for row, other in zip(second[name]["rows"], expected["rows"], strict=True):
-            assert [row[key] for key in told] == pytest.approx([other[key] for key in told], rel=1e-12)
+            assert [row[key] for key in told] == pytest.approx([other[key] for key in told], rel=tolerance)
         shards = first[name]["d"] + second[name]["d"]
         assert shards == expected["d"] * (2 if sharding == "ddp" else 1)
 

@@ -386,8 +386,9 @@ def test_ranks_of_a_group_agree(sharding: str) -> None:
 def test_adapters_of_transformers(sharding: str) -> None:
     """Only adapters and heads are dealt out by the layout; the frozen base comes back whole as well.
 
-    Norms of Llama compute in float32 whatever the model's dtype, and ddp scales a part of a mini-batch after the backward
-    pass, not before it: nine steps at η = 0.05 along directions of order one then differ by some units of float32.
+    Norms of Llama compute in float32 whatever the model's dtype, and ddp scales a part of a mini-batch after the
+    backward pass, not before it: nine steps at η = 0.05 along directions of order one then differ by some units of
+    float32.
     """
     alone = adapters_in_groups(Collectives(), 1, "none")
     first, second = on_ranks(2, adapters_in_groups, 2, sharding)

@@ -7,6 +7,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if ! command -v c++ >/dev/null; then
     fail "no C++ compiler, which torch.compile needs; on Debian and Ubuntu: apt-get install g++"
 fi
+if ! command -v nvcc >/dev/null; then
+    echo "note: no nvcc here, so the CUDA kernels are not compiled; their other tests run" >&2
+    export FEDKERNELS_TEST_WITHOUT_NVCC="${FEDKERNELS_TEST_WITHOUT_NVCC:-1}"
+fi
 selection=()
 if [ "${1:-}" = --no-cluster ]; then
     selection=(-m "not cluster")

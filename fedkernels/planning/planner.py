@@ -189,14 +189,16 @@ class Planner:
         engine, layout = self._engine, self.layout
         if ranks == 1:
             return 0.0, 0
-        itemsize = getattr(torch, engine.settings.reduce_dtype).itemsize
+        exact = engine.settings.reduction == "exact"
+        # An exact sum is two integers of eight bytes.
+        itemsize = 16 if exact else getattr(torch, engine.settings.reduce_dtype).itemsize
         sliced = sum(wire.only_block for wire in engine.wires.values())
         shared = layout.d - layout.block(layout.n_blocks).start
         numbers = N_SLOTS + 2 * ranks + 1 + (layout.n_blocks if sliced else 0)
         numbers += sum(shared if wire.only_block else wire.size(layout) for wire in engine.wires.values())
         if engine.mechanism is not None:
             numbers += len(blocks)
-        bucket = numbers * itemsize
+        bucket = numbers * itemsize + 8 * exact  # and one that tells of terms too large
         seconds, n_bytes = network.all_reduce_s(bucket, ranks), 2 * (ranks - 1) * bucket
         received = [0.0] * ranks
         for b in range(layout.n_blocks if sliced else 0):

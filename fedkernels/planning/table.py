@@ -41,6 +41,8 @@ def plan(
     for name, value in (("ranks", ranks), ("clients_per_rank", clients_per_rank)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}: {value}, expected at least 1")
+    if config.sharding != "none":
+        raise ConfigError(f"sharding: {config.sharding}, but a plan is of clients on one rank each; expected none")
     earlier = None if measured is None else _read_costs(measured)
     data, notes = _data(config)
     planner = Planner(config, data)

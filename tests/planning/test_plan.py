@@ -22,10 +22,13 @@ SMALL = {"model": "mlp", "cohort": 6, "local_steps": 2, "evaluator": "loop", "ru
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("name", ["fedavg", "scaffold", "fedmuon", "fedbcgd"])
-def test_bytes_are_those_that_ranks_count(name: str, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [("fedavg", "fast"), ("scaffold", "fast"), ("fedmuon", "exact"), ("fedbcgd", "fast"), ("fedbcgd", "exact")],
+)
+def test_bytes_are_those_that_ranks_count(name: str, reduction: str, ranks: int) -> None:
     """Bucket, blocks among their holders, and client state that moves: over as many rounds as the plan draws."""
-    overrides = {**SMALL, "rounds": DRAWN_ROUNDS}
+    overrides = {**SMALL, "rounds": DRAWN_ROUNDS, "reduction": reduction}
     counted = on_ranks(ranks, planned_rounds, str(CONFIGS / "digits" / f"{name}.yaml"), overrides)[0]
     config = load(CONFIGS / "digits" / f"{name}.yaml", overrides)
     predicted = Planner(config, config.data.load()).predict(ranks, COSTS, Network())
@@ -112,6 +115,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ("arguments", "message"),
     [
         (["--ranks", "0"], "ranks: 0, expected at least 1"),
+        (["--ranks", "4", "--sharding", "ddp", "--shard_size", "2"], "sharding: ddp"),
         (["--ranks", "4", "--link_gb_s", "-1"], "link_gb_s: -1"),
         (["--ranks", "4", "--measured", "README.md"], "README.md: not a plan"),
     ],

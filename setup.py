@@ -25,7 +25,7 @@ def kernels():
     """The C++ kernels as arguments of `setup`: compiled where torch and a compiler are, left out where they are not."""
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
-    except ImportError:
+    except (ImportError, OSError):
         print("fedkernels: no C++ kernels: torch is not here to build against (pip install --no-build-isolation)")
         return {}
 
@@ -69,11 +69,14 @@ def kernels():
 
         def build(self, what):
             """Whether the extension could be built; a line says why it could not."""
+            built.optional = False  # or setuptools would keep the error to itself
             try:
                 super().build_extensions()
             except Exception as error:  # whatever a compiler or linker can do wrong
                 print(f"fedkernels: no {what} kernels: {type(error).__name__}: {' '.join(str(error).split())}")
                 return False
+            finally:
+                built.optional = True  # and an editable install would miss what was not built
             return True
 
     return {"ext_modules": [built], "cmdclass": {"build_ext": BuildKernels}}

@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="of the CPU, one table part each")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of every variant")
     options = parser.parse_args()
+    if options.dtype != ["float32"]:
+        print("--dtype is that of the gradients of optimizer steps; all else is float32")
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} sees no GPU")

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, faults
 from .metrics import git_revision
 
 LAUNCHES, RESUBMIT = "launches.jsonl", "resubmit.sh"
@@ -105,7 +105,7 @@ def _launcher() -> str | None:
 def _matters(name: str) -> bool:
     # SLURM and DeepSpeed give out GPUs themselves; DeepSpeed is known by CROSS_RANK.
     given = name == "CUDA_VISIBLE_DEVICES" and not {"SLURM_JOB_ID", "CROSS_RANK"}.isdisjoint(os.environ)
-    return name.startswith(PREFIXES) and name != LAUNCHER and not given
+    return name.startswith(PREFIXES) and name not in (LAUNCHER, faults.VARIABLE) and not given
 
 
 def _code() -> tuple[dict[str, Any], bytes | None]:
@@ -115,10 +115,14 @@ def _code() -> tuple[dict[str, Any], bytes | None]:
     if revision is None:
         return code, None
     code["commit"] = revision.removesuffix("-dirty")
-    code["untracked"] = _git("ls-files", "--others", "--exclude-standard", "fedkernels", "csrc").decode().splitlines()
-    if not revision.endswith("-dirty"):
+    try:
+        untracked = _git("ls-files", "--others", "--exclude-standard", "fedkernels", "csrc")
+        diff = _git("diff", "HEAD", "--binary") if revision.endswith("-dirty") else b""
+    except subprocess.SubprocessError as error:  # such as a lock, or a file system that takes its time
+        return code | {"unknown": str(error)}, None
+    code["untracked"] = untracked.decode().splitlines()
+    if not diff:
         return code, None
-    diff = _git("diff", "HEAD", "--binary")
     code["diff"] = f"code-{hashlib.sha256(diff).hexdigest()[:12]}.diff"
     return code, diff
 

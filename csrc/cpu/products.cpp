@@ -7,7 +7,7 @@
 
 #include "transpose.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 12)
 #include <immintrin.h>
 #define FEDKERNELS_X86 1
 #endif
@@ -117,22 +117,22 @@ bool has_avx512() {
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 Engine<float> fastest(float) {
-  if (has_avx512()) return {"avx512", 32, avx512f32_panel};
-  if (has_avx2()) return {"avx2", 24, avx2f32_panel};
-  return {"plain", 8, plain_panel<float>};
+  if (has_avx512()) return {32, avx512f32_panel};
+  if (has_avx2()) return {24, avx2f32_panel};
+  return {8, plain_panel<float>};
 }
 
 Engine<double> fastest(double) {
-  if (has_avx512()) return {"avx512", 16, avx512f64_panel};
-  if (has_avx2()) return {"avx2", 12, avx2f64_panel};
-  return {"plain", 8, plain_panel<double>};
+  if (has_avx512()) return {16, avx512f64_panel};
+  if (has_avx2()) return {12, avx2f64_panel};
+  return {8, plain_panel<double>};
 }
 
 #else
 
 template <class T>
 Engine<T> fastest(T) {
-  return {"plain", 8, plain_panel<T>};
+  return {8, plain_panel<T>};
 }
 
 #endif

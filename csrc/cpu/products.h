@@ -24,7 +24,6 @@ struct Product {
 // every element is one chain of additions over the depth, whoever computes it.
 template <class T>
 struct Engine {
-  const char* name;
   int64_t cols;
   void (*panel)(const Product<T>&, int64_t first_col, T* packed);  // `packed` holds `cols · depth` elements
 };

@@ -10,6 +10,7 @@ constexpr int64_t kBlock = 8;  // side of a block
 // `to[j][i] = from[i][j]` of a block, in three rounds of a perfect shuffle of its rows.
 template <class T>
 INLINE void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+#if defined(__clang__) || __GNUC__ >= 12
   typedef T Row __attribute__((vector_size(kBlock * sizeof(T))));
   Row rows[kBlock], mixed[kBlock];
 #pragma GCC unroll 8
@@ -27,6 +28,10 @@ INLINE void transpose_block(const T* from, int64_t from_stride, T* to, int64_t t
   }
 #pragma GCC unroll 8
   for (int64_t j = 0; j < kBlock; ++j) std::memcpy(to + j * to_stride, &rows[j], sizeof(Row));
+#else
+  for (int64_t i = 0; i < kBlock; ++i)
+    for (int64_t j = 0; j < kBlock; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+#endif
 }
 
 // `to[j][i] = from[i][j]` of `rows · cols` elements.

@@ -212,14 +212,14 @@ class Aggregator:
         for sums, numbers in self._own:
             self._add(sums, numbers.unsqueeze(0), self._one)
         if self._exact:
-            self._refused += (self._largest >= self._limit).long()
+            self._refused += self._group.sum((self._largest >= self._limit).long())
         collectives.all_reduce(self.bucket)
         for sums, numbers in self._own:
             numbers.copy_(value(sums))
         if self._exact and self._refused.item():
             raise ExactSumError(
                 f"reduction: exact takes numbers below {self._limit:g} from so many clients, times their weights, and "
-                f"{self._refused.item()} rank(s) met a larger one; use reduction: fast"
+                "a rank met a larger one; use reduction: fast"
             )
         if self._sliced:
             collectives.reduce_blocks(self._block_sums, self._messages, holders)

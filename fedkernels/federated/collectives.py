@@ -244,7 +244,9 @@ def join(
     group = PrefixStore(f"{prefix}/group", store)
     dist.init_process_group(backend, timeout=timeout, store=group, rank=rank, world_size=world_size)
     collectives = Collectives(watch, faults, shard_size=shard_size, timeout=timeout)
-    # NCCL wants all ranks in its first operation, and a move of client state has two of them.
+    # NCCL wants all ranks of a process group in its first operation, and a move of client state has two of them.
+    if device.type == "cuda":
+        dist.all_reduce(torch.zeros(1, device=device))
     collectives.all_reduce(torch.zeros(1, device=device))
     collectives.link_bytes = 0
     return collectives

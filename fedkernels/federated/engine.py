@@ -15,6 +15,7 @@ from ..contract import Algorithm, Batch, Round, Vectors
 from ..data.partition import Partition
 from ..formats import format_epsilon
 from ..kernels.dispatch import Kernels
+from ..kernels.exact_sum import RULES as EXACT_RULES
 from ..kernels.rows import empty_rows
 from ..layout import Role
 from ..privacy.accountant import Accountant
@@ -124,7 +125,8 @@ class Engine:
             settings.store_memory_bytes,
         )
         self.kernels = Kernels(settings.kernels)
-        self.kernels.check(x.device.type, x.dtype, self.layout.d)
+        exact = {"exact_add": EXACT_RULES} if settings.reduction == "exact" else {}
+        self.kernels.check(x.device.type, x.dtype, self.layout.d, exact)
         self._bound: BoundModule | ShardedModule
         if isinstance(self.layout, ShardedLayout):
             self._bound = shard(objective, self.layout, settings.sharding, self.collectives, settings.deepspeed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -50,11 +50,8 @@ class Guard:
     def finish(self, work: Any, device: torch.device) -> None:
         """Wait for an operation; on the host no longer than until it is known that a rank will not come to it."""
         while self._watch is not None and device.type == "cpu" and not work.is_completed():
-            try:
+            with suppress(RuntimeError):  # not yet; or failed, as the last wait then says
                 work.wait(timedelta(seconds=BEAT_S))
-            except RuntimeError:
-                if work.is_completed():  # and failed
-                    raise
             if self._watch.verdict is not None:
                 raise LostRankError(self._watch.verdict, first=self._watch.first)
         work.wait()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -34,7 +35,8 @@ COMPILED = (
 
 def _load_extension() -> str | None:
     """Load the compiled C++ kernels; why they are not there, or None."""
-    found = sorted(Path(__file__).resolve().parent.parent.glob("_C*.so"))
+    folder = Path(__file__).resolve().parent.parent
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_C{suffix}").is_file()]
     if not found:
         return "extension not built: install with a C++ compiler and torch present, by pip install --no-build-isolation"
     try:
@@ -107,14 +109,18 @@ class Kernels:
         finally:
             _RUNS.pop()
 
-    def check(self, device: str, dtype: torch.dtype, d: int) -> None:
+    def check(self, device: str, dtype: torch.dtype, d: int, further: Mapping[str, Mapping[Backend, Rule]]) -> None:
         """Look whether the steps over flat rows, which every run takes, can run as asked.
+
+        Args:
+            further: rules of other ops over flat rows that the run needs, by op.
 
         Raises:
             ValueError, BackendError: as `choose`.
         """
         with Kernels(self.backend).use():
-            choose("fused_sgd", ON_ROWS, device, dtype, (1, d))
+            for op, rules in {"fused_sgd": ON_ROWS, **further}.items():
+                choose(op, rules, device, dtype, (1, d))
 
     def summary(self) -> str:
         """Which backend each op ran on, and why."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .dispatch import BACKENDS, MISSING, ON_ROWS, VARIABLES, Backend, Choice, Rule, choose
+from .dispatch import BACKENDS, MISSING, ON_ROWS, VARIABLES, Backend, BackendError, Rule, choose
 from .exact_sum import RULES as EXACT
 from .newton_schulz import RULES as ON_MATRICES
 
@@ -38,7 +38,8 @@ MATRICES: dict[str, tuple[tuple[int, int, int], ...]] = {
     "lora_r16": ((32, 16, 2048), (16, 2048, 16), (16, 512, 16)),
 }
 
-MATRIX_OPS: dict[str, Mapping[Backend, Rule]] = dict.fromkeys(("newton_schulz", "muon_step"), ON_MATRICES)
+# Muon's step is one pass over rows around the Newton–Schulz that its matrices would have alone.
+MATRIX_OPS: dict[str, Mapping[Backend, Rule]] = {"newton_schulz": ON_MATRICES, "muon_step": ON_ROWS}
 
 
 def overview() -> str:
@@ -54,17 +55,18 @@ def overview() -> str:
             continue
         lines.append(f"{device}, float32:")
         for op, rules in OPS.items():
-            lines += [
-                _line(op, name, choose(op, rules, device, torch.float32, shape)) for name, shape in SHAPES.items()
-            ]
+            lines += [_line(op, name, rules, device, shape) for name, shape in SHAPES.items()]
         for op, rules in MATRIX_OPS.items():
             for name, shapes in MATRICES.items():
-                for shape in shapes:
-                    what = f"{name} {'x'.join(map(str, shape))}"
-                    lines.append(_line(op, what, choose(op, rules, device, torch.float32, shape)))
+                lines += [_line(op, f"{name} {'x'.join(map(str, shape))}", rules, device, shape) for shape in shapes]
     return "\n".join(lines)
 
 
-def _line(op: str, what: str, choice: Choice) -> str:
+def _line(op: str, what: str, rules: Mapping[Backend, Rule], device: str, shape: tuple[int, ...]) -> str:
+    start = f"  {op:<13} {what:<14} "
+    try:
+        choice = choose(op, rules, device, torch.float32, shape)
+    except BackendError as error:
+        return f"{start}{error}"
     others = "".join(f"; not {backend}: {reason}" for backend, reason in choice.refused.items())
-    return f"  {op:<12} {what:<14} {choice.backend}: {choice.why}{others}"
+    return f"{start}{choice.backend}: {choice.why}{others}"

@@ -49,7 +49,8 @@ def check_step(
         raise ValueError(f"y has shape {list(y.shape)}, expected [C, d]")
     clients, d = y.shape
     require_rows("y", y, y, (clients, d), written=True)
-    require_rows("g", g, y, (clients, d), y.dtype, torch.bfloat16)
+    narrow = (torch.bfloat16,) if y.dtype == torch.float32 else ()
+    require_rows("g", g, y, (clients, d), y.dtype, *narrow)
     require("G", G, y, (d,), y.dtype)
     require("active", active, y, (clients,), torch.bool)
     require_rows("source", source, y, (clients, d), y.dtype)

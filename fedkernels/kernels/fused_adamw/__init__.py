@@ -47,7 +47,7 @@ def fused_adamw(
         y: parameters `[C, d]`, float32; float64 without Triton.
         m: first moments `[C, d]`.
         v: second moments `[C, d]`.
-        g: gradients `[C, d]`, in the dtype of `y` or bfloat16.
+        g: gradients `[C, d]`, in the dtype of `y`, or bfloat16 beside float32.
         lr: η, one value or `[C]`.
         step: k, local steps that `m` has seen, this one included; one value or one for each client.
         v_steps: k₀, steps that `v` had seen before the round; likewise, `[C, 1]` too.

@@ -76,7 +76,8 @@ def fused_sam(
 
     Args:
         y: parameters `[C, d]`, float32; float64 without Triton.
-        direction: `[C, d]`, such as gradients, or `[d]` for all clients; in the dtype of `y` or bfloat16.
+        direction: `[C, d]`, such as gradients, or `[d]` for all clients; in the dtype of `y`,
+            or bfloat16 beside float32.
         rho: ρ; norms are those of the rows.
         coefficient: in place of `rho` where norms are known, on the device; one value or `[C]`.
         eps: ε, added to the norm.
@@ -107,10 +108,11 @@ def fused_sam(
         raise ValueError(f"y has shape {list(y.shape)}, expected [C, d]")
     clients, d = y.shape
     require_rows("y", y, y, (clients, d), written=out is None)
+    dtypes = (y.dtype, torch.bfloat16) if y.dtype == torch.float32 else (y.dtype,)
     if direction.dim() == 1:
-        require("direction", direction, y, (d,), y.dtype, torch.bfloat16)
+        require("direction", direction, y, (d,), *dtypes)
     else:
-        require_rows("direction", direction, y, (clients, d), y.dtype, torch.bfloat16)
+        require_rows("direction", direction, y, (clients, d), *dtypes)
     require_rows("out", out, y, (clients, d), y.dtype, written=True)
     require_rows("saved", saved, y, (clients, d), y.dtype, written=True)
     require_scalars("coefficient", coefficient, y, clients)

@@ -39,7 +39,7 @@ def fused_sgd(
     Args:
         y: parameters `[C, d]`, float32; float64 without Triton.
         m: momentum `[C, d]`; None runs without.
-        g: gradients `[C, d]`, in the dtype of `y` or bfloat16.
+        g: gradients `[C, d]`, in the dtype of `y`, or bfloat16 beside float32.
         lr: η on the device, one value or `[C]`.
         momentum: μ.
         weight_decay: λ, coupled: it enters the momentum.

@@ -97,6 +97,9 @@ def _require_matrices(name: str, tensor: Tensor, y: Tensor, *, written: bool = F
         raise ValueError(f"{name} is {found}, expected {expected}")
     if not is_row_major(tensor):
         raise ValueError(f"{name} has matrices of strides {list(tensor.stride()[-2:])}, expected {[y.shape[-1], 1]}")
-    outer = list(zip(y.shape[:2], tensor.stride()[:2], strict=True))
-    if written and any(count > 1 and stride < y.shape[2] * y.shape[3] for count, stride in outer):
+    extent = y.shape[2] * y.shape[3]
+    for stride, count in sorted(zip(tensor.stride()[:2], y.shape[:2], strict=True)) if written else ():
+        if count == 1 or stride >= extent:
+            extent += stride * (count - 1)
+            continue
         raise ValueError(f"{name} has matrices that overlap: strides {list(tensor.stride())} of shape {list(y.shape)}")

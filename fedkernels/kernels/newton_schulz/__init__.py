@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,9 @@ def newton_schulz(
     """
     if u.numel() == 0:
         return torch.empty_like(u)
-    rules = RULES | {"cuda": cuda_on_matrices} if backend == "cuda" else RULES
+    # Who asks for CUDA gets it for all that it can run, not only for what it is best at.
+    asked = (backend or os.environ.get("FEDKERNELS_BACKEND")) == "cuda"
+    rules = RULES | {"cuda": cuda_on_matrices} if asked else RULES
     chosen = choose("newton_schulz", rules, u.device.type, u.dtype, tuple(u.shape), backend).backend
     return run(chosen, u, *schedule(method, steps))
 

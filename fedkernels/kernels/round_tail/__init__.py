@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..dispatch import MISSING, ON_ROWS, choose, require, require_scalars
+from ..dispatch import MISSING, ON_ROWS, choose, require, require_rows, require_scalars
 from .reference import (
     accumulate_reference,
     encode_bf16_reference,
@@ -52,7 +52,7 @@ class Spans:
     @classmethod
     def of(cls, slices: Sequence[Sequence[slice]], device: torch.device | None = None) -> Spans:
         """The table for the slices of each client, which lie within its row."""
-        most = max(map(len, slices))
+        most = max(1, *map(len, slices))
         table = torch.zeros(2, len(slices), most, dtype=torch.int64)
         for c, mine in enumerate(slices):
             sizes = [s.stop - s.start for s in mine] + [0] * (most - len(mine))
@@ -131,8 +131,8 @@ def encode_int8(
     require("key", draws.key, values, tuple(draws.key.shape), torch.int64)
     require_scalars("key", draws.key, values, 1)
     require("clients", draws.clients, values, (clients,), torch.int64)
-    _require_rows("payload", payload, values, size, torch.int8)
-    _require_rows("scale", scale, values, -(-size // chunk), torch.float32)
+    require_rows("payload", payload, values, (len(values), size), torch.int8, written=True)
+    require_rows("scale", scale, values, (len(values), -(-size // chunk)), torch.float32, written=True)
     begins, ends = (None, None) if spans is None else (spans.begins, spans.ends)
     chosen = choose("encode_int8", ON_ROWS, values.device.type, values.dtype, tuple(values.shape), backend).backend
     arguments = (
@@ -177,7 +177,7 @@ def encode_bf16(
         [[1.0, 1.015625]]
     """
     size = _check(values, spans, x, residual, decoded)
-    _require_rows("payload", payload, values, size, torch.bfloat16)
+    require_rows("payload", payload, values, (len(values), size), torch.bfloat16, written=True)
     begins, ends = (None, None) if spans is None else (spans.begins, spans.ends)
     chosen = choose("encode_bf16", ON_ROWS, values.device.type, values.dtype, tuple(values.shape), backend).backend
     arguments = (values, x, residual, begins, ends, payload, decoded)
@@ -213,7 +213,7 @@ def accumulate(sums: Tensor, rows: Tensor, weights: Tensor, *, backend: str | No
     """
     if rows.dim() != 2:
         raise ValueError(f"rows has shape {list(rows.shape)}, expected [C, d]")
-    _require_rows("rows", rows, rows, rows.shape[1], torch.float32, torch.float64)
+    require_rows("rows", rows, rows, (len(rows), rows.shape[1]), torch.float32, torch.float64)
     require("sums", sums, rows, (rows.shape[1],), torch.float32, torch.float64)
     require_scalars("weights", weights, rows, len(rows))
     chosen = choose("accumulate", ON_ROWS, rows.device.type, rows.dtype, tuple(rows.shape), backend).backend
@@ -244,7 +244,7 @@ def square_sums(rows: Tensor, *, backend: str | None = None) -> Tensor:
     """
     if rows.dim() != 2:
         raise ValueError(f"rows has shape {list(rows.shape)}, expected [C, d]")
-    _require_rows("rows", rows, rows, rows.shape[1], torch.float32, torch.float64)
+    require_rows("rows", rows, rows, (len(rows), rows.shape[1]), torch.float32, torch.float64)
     chosen = choose("square_sums", ON_ROWS, rows.device.type, rows.dtype, tuple(rows.shape), backend).backend
     if chosen == "triton":
         from .triton import square_sums_triton
@@ -263,25 +263,13 @@ def _check(
     if values.dim() != 2:
         raise ValueError(f"values has shape {list(values.shape)}, expected [C, d]")
     clients, d = values.shape
-    _require_rows("values", values, values, d, torch.float32, torch.float64)
+    require_rows("values", values, values, (clients, d), torch.float32, torch.float64)
     require("x", x, values, (d,), values.dtype)
-    _require_rows("residual", residual, values, d, values.dtype)
-    _require_rows("decoded", decoded, values, d, values.dtype)
+    require_rows("residual", residual, values, (clients, d), values.dtype, written=True)
+    require_rows("decoded", decoded, values, (clients, d), values.dtype, written=True)
     if spans is None:
         return d
     table = (clients, *spans.ends.shape[1:])
     require("spans.begins", spans.begins, values, table, torch.int64)
     require("spans.ends", spans.ends, values, table, torch.int64)
     return spans.size
-
-
-def _require_rows(name: str, tensor: Tensor | None, like: Tensor, d: int, *dtypes: torch.dtype) -> None:
-    """`require` for `[C, d]` whose rows may be any distance apart."""
-    if tensor is None:
-        return
-    if tensor.shape[1:] == (d,) and d > 1 and tensor.stride(1) != 1:
-        raise ValueError(f"{name} has columns {tensor.stride(1)} apart, expected 1: only rows may be strided")
-    # One column of rows that are strided is not contiguous either; shape, dtype and device are what is left to check.
-    if len(tensor) != len(like) or tensor.shape[1:] != (d,):
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {[len(like), d]}")
-    require(name, tensor[:0], like, (0, d), *dtypes)

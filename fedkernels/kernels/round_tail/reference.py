@@ -133,8 +133,10 @@ def accumulate_reference(sums: Tensor, rows: Tensor, weights: Tensor) -> None:
 
 @torch.library.custom_op("fedkernels::square_sums_reference", mutates_args=())
 def square_sums_reference(rows: Tensor) -> Tensor:
-    # Row by row: how a reduction adds depends on the shape of all.
-    return torch.stack([row.double().square().sum() for row in rows])
+    sums = rows.new_empty(len(rows), dtype=torch.float64)
+    for c, row in enumerate(rows):  # one by one: how a reduction adds depends on the shape of all
+        sums[c] = row.double().square().sum()
+    return sums
 
 
 for _operator in (encode_int8_reference, encode_bf16_reference, accumulate_reference):

@@ -15,7 +15,7 @@ import torch
 import fedkernels
 from fedkernels.cli import main
 from fedkernels.kernels import dispatch
-from fedkernels.kernels.dispatch import MISSING, ON_ROWS, BackendError, Choice, choose
+from fedkernels.kernels.dispatch import MISSING, ON_ROWS, BackendError, Choice, Kernels, choose
 from fedkernels.kernels.fused_adamw import fused_adamw
 from fedkernels.kernels.overview import MATRICES, MATRIX_OPS, OPS, SHAPES
 
@@ -127,6 +127,13 @@ def test_the_command_with_a_backend_that_cannot_run(
     said = capsys.readouterr().out
     assert "FEDKERNELS_BACKEND=triton cannot run fused_adamw: runs on cuda, not on cpu" in said
     assert "FEDKERNELS_BACKEND=triton cannot run exact_add: not written for this op" in said
+
+
+def test_a_run_is_refused_for_any_op_that_it_needs() -> None:
+    """Before its first round: steps run on C++ here, and an op that C++ does not have is asked for as well."""
+    Kernels("cpp").check("cpu", torch.float32, 10, {})
+    with pytest.raises(BackendError, match="kernels=cpp cannot run other: not written for this op"):
+        Kernels("cpp").check("cpu", torch.float32, 10, {"other": {}})
 
 
 def test_every_compiled_op_is_expected_of_the_extension() -> None:

@@ -142,6 +142,9 @@ def test_refusals(backend: str) -> None:
         ValueError, match=r"M has matrices that overlap: strides \[0, 24, 6, 1\] of shape \[2, 1, 4, 6\]"
     ):
         muon_step(y, torch.zeros(1, 1, 4, 6, device=DEVICE).expand(2, 1, 4, 6), g, **rest)
+    square = torch.zeros(27, device=DEVICE).as_strided((2, 2, 3, 3), (9, 9, 3, 1))  # [0, 1] and [1, 0] are one place
+    with pytest.raises(ValueError, match="M has matrices that overlap"):
+        muon_step(torch.zeros(2, 2, 3, 3, device=DEVICE), square, torch.zeros(2, 2, 3, 3, device=DEVICE), **rest)
     with pytest.raises(ValueError, match=r"g is float64 \[2, 1, 4, 6\], expected float32 \[2, 1, 4, 6\]"):
         muon_step(y, M, g.double(), **rest)
     with pytest.raises(ValueError, match=r"G has shape \[4, 6\], expected \[1, 4, 6\]"):

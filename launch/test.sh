@@ -24,4 +24,5 @@ prepare_environment dev
 ruff check .
 ruff format --check .
 mypy
-python -m pytest --numprocesses "$(nproc)" ${selection[@]+"${selection[@]}"} "$@"
+# nproc counts as many cores as OMP_NUM_THREADS says, which is one for every rank.
+python -m pytest --numprocesses "$(env -u OMP_NUM_THREADS nproc)" ${selection[@]+"${selection[@]}"} "$@"

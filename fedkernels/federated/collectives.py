@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from ..faults import Faults
+from .attempt import meet
 from .groups import ClientGroup
 from .guard import Guard
 from .watch import LostRankError, Watch
@@ -232,9 +233,9 @@ def join(
     # torchrun's agent holds the store, and keeps it when it starts the ranks anew; without one the first rank does.
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    prefix = f"fedkernels/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world_size}"
     try:
         store: Any = TCPStore(address, port, world_size, rank == 0 and not agent, timeout, wait_for_workers=False)
+        prefix = f"fedkernels/{meet(PrefixStore('fedkernels', store), rank, world_size, timeout_s)}"
         table = PrefixStore(f"{prefix}/watch", store.clone())
         watch = Watch(table, rank, world_size, timeout_s, agent=agent)
         watch.start()

@@ -104,7 +104,7 @@ class Watch:
             if self._store.check([VERDICT]) and (told := self._store.get(VERDICT).decode()):
                 raise LostRankError(told.partition(" ")[2], first=False)
             if time.monotonic() > deadline:
-                why = f"{_ranks(absent)} did not start within {self.timeout_s:g} s"
+                why = f"{say_ranks(absent)} did not start within {self.timeout_s:g} s"
                 self._claim_verdict(why)
                 time.sleep(BEAT_S)  # for the others to read it, should the store end with this process
                 raise LostRankError(self.verdict or why, first=self.first)
@@ -147,10 +147,10 @@ class Watch:
         if self.verdict is None:
             late = [rank for rank, place in self._table.items() if place.collectives < mine.collectives]
             if silent := self._silent(self._table, CONFIRM_S):
-                self._give_up(f"{_ranks(silent)} died or cannot be reached: {self._whereabouts(silent)}")
+                self._give_up(f"{say_ranks(silent)} died or cannot be reached: {self._whereabouts(silent)}")
             elif late:
                 where = self._whereabouts(late)
-                self._give_up(f"{_ranks(late)} did not reach {mine} within {waited_s:.0f} s: {where}")
+                self._give_up(f"{say_ranks(late)} did not reach {mine} within {waited_s:.0f} s: {where}")
             else:
                 text = " ".join(str(error).split())
                 self._give_up(f"a collective failed on rank {self.rank} (host {mine.host}) in {mine}: {text}")
@@ -235,7 +235,7 @@ class Watch:
             self._table[rank] = place
         if self.verdict is None and self._silent([following], SILENT_S):
             silent = self._silent(self._table, CONFIRM_S)
-            self._claim = f"{_ranks(silent)} died or cannot be reached: {self._whereabouts(silent)}"
+            self._claim = f"{say_ranks(silent)} died or cannot be reached: {self._whereabouts(silent)}"
 
     def _without_store(self) -> str:
         holder = "torchrun's agent on the first node" if self._agent else "rank 0"
@@ -243,5 +243,5 @@ class Watch:
         return f"{holder}, which held the store of the job, died or cannot be reached: {here}"
 
 
-def _ranks(ranks: Sequence[Any]) -> str:
+def say_ranks(ranks: Sequence[Any]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

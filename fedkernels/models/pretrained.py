@@ -108,6 +108,7 @@ class Pretrained(Transformer):
             raise ValueError(f"{what} with {config.vocab_size} tokens, and the data has {tokens.vocabulary}")
         most = getattr(config, "max_position_embeddings", None)
         if config.model_type == "roberta" and most is not None:
-            most -= (tokens.pad if kind == "text" else config.pad_token_id) + 1  # positions count from the one after the padding's own
+            # Positions count from the one after the padding's own.
+            most -= (tokens.pad if kind == "text" else config.pad_token_id) + 1
         if most is not None and input_shape[0] > most:
             raise ValueError(f"{what} of at most {most} tokens, and the samples have {input_shape[0]}")

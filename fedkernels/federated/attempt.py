@@ -9,7 +9,7 @@ import uuid
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from .watch import LostRankError, say_ranks
+from .watch import BEAT_S, LostRankError, say_ranks
 
 
 def meet(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
@@ -48,11 +48,19 @@ def meet(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
                 store.set(f"{name}/all", "")
             if store.check([f"{name}/all"]):
                 return name
+        if store.check(["late"]):
+            text, told, here = json.loads(store.get("late"))
+            if token in told:
+                raise LostRankError(text, first=rank == here)
         if time.monotonic() > deadline:
             # Without a roster that has this rank's token, it is the first rank that has not looked yet.
             absent = _without(store, "token/", world_size) or (_without(store, f"{name}/", world_size) if name else [0])
             here = min(r for r in range(world_size) if r not in absent or r == rank)
-            raise LostRankError(f"{say_ranks(absent)} did not start within {timeout_s:g} s", first=rank == here)
+            text = f"{say_ranks(absent)} did not start within {timeout_s:g} s"
+            keys = [f"token/{r}" for r in range(world_size)]
+            store.set("late", json.dumps([text, [store.get(key).decode() for key in keys if store.check([key])], here]))
+            time.sleep(BEAT_S)  # for the others to read it, should the store end with this process
+            raise LostRankError(text, first=rank == here)
         time.sleep(0.02)
 
 

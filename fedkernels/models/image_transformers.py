@@ -48,27 +48,13 @@ class Vit(Transformer):
 
 
 @dataclass(frozen=True)
-class Deit(Transformer):
+class Deit(Vit):
     """Data-efficient image transformer: a ViT with a distillation token beside the class token, head on the latter.
 
-    The defaults are DeiT-Tiny of depth 6 for 32-pixel images.
-
-    Args:
-        dim: hidden size, a multiple of `heads`.
-        depth: number of layers.
-        heads: attention heads.
-        patch: side of a patch in pixels; both sides of the image are multiples of it.
-        mlp_ratio: hidden width of the MLPs over `dim`.
-        lora, activation_checkpointing: as for every transformer.
+    Keys and defaults are those of `vit`, so that it is DeiT-Tiny of depth 6 for 32-pixel images.
 
     Reference: Touvron et al., Training data-efficient image transformers, 2021 (arXiv 2012.12877).
     """
-
-    dim: Size = 192
-    depth: Size = 6
-    heads: Size = 3
-    patch: Size = 4
-    mlp_ratio: Size = 4
 
     def build(self, kind: TaskKind, input_shape: tuple[int, ...], classes: int, tokens: Tokens = BYTES) -> nn.Module:
         """A module from images `[b, c, h, w]` to logits `[b, classes]`, initialised from torch's generator.
@@ -140,9 +126,7 @@ class Swin(Transformer):
         return self.wrap(transformers.SwinForImageClassification(config), kind)
 
 
-def _vit_fields(
-    model: str, sizes: Vit | Deit, kind: TaskKind, input_shape: Sequence[int], classes: int
-) -> dict[str, Any]:
+def _vit_fields(model: str, sizes: Vit, kind: TaskKind, input_shape: Sequence[int], classes: int) -> dict[str, Any]:
     channels, height, width = image_shape(model, kind, input_shape)
     check_heads(model, sizes.dim, sizes.heads)
     _check_patch(model, height, width, sizes.patch)

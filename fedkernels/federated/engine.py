@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,12 @@ from ..privacy.accountant import Accountant
 from ..privacy.mechanism import GaussianMechanism, check
 from .aggregate import Aggregator, protocol_bytes
 from .batches import Batches
+from .behind import Behind, spare_core
+from .closing import Closing, RoundClosedError
 from .codecs import Encoder, with_codec
 from .collectives import Collectives
 from .evaluators import BoundModule, Choice, Evaluator, choose, make_evaluator
+from .intake import DROPPED, LATE, N_SLOTS, STOP, Intake, Upload
 from .objective import Objective
 from .parallel import DataParallel, ShardedLoop, ShardedModule, check_shardable, cut_of, shard
 from .schedule import assign_blocks, learning_rate, place, sample_cohort
@@ -34,8 +38,6 @@ from .store import ClientStore
 from .task import LocalTask
 
 EVAL_BATCH = 256
-# The engine's own numbers in the bucket; busy seconds of every rank and work of every rank follow.
-LOSS_SUM, LOSS_COUNT, CLIENTS, STEPS, DROPPED, STOP, N_SLOTS = range(7)
 
 
 class NonFiniteUpdateError(FloatingPointError):
@@ -61,6 +63,8 @@ class Engine:
 
     Attributes:
         mechanism, accountant: of private wires; None without privacy.
+        dropped: a line for each client that sent NaN or infinity in the last round.
+        late: clients of the last round that had not reported when it closed.
         kernels: the backends of ops, and what they ran on so far.
 
     Example:
@@ -98,7 +102,7 @@ class Engine:
         self.wires = with_codec(algorithm.up(self.layout), settings.codec)
         if self.cut != WHOLE:
             check_shardable(settings.sharding, algorithm, self.wires)
-        self._encoder = Encoder(self.wires, self.layout, settings.seed)
+        encoder = Encoder(self.wires, self.layout, settings.seed)
         self.round = 0
         self.mechanism: GaussianMechanism | None = None
         self.accountant: Accountant | None = None
@@ -116,9 +120,10 @@ class Engine:
         self.stop_requested = False  # by this rank, at any moment
         self.stop_agreed = False  # by all ranks, with the last round
         self.dropped: list[str] = []
+        self.late: list[int] = []
         self.owners: dict[int, int] = {}
         self.store = ClientStore(
-            (*algorithm.keep, *self._encoder.residuals.values()),
+            (*algorithm.keep, *encoder.residuals.values()),
             self.layout.d,
             x.dtype,
             directory / f"rank{self.collectives.process_rank}",
@@ -144,6 +149,12 @@ class Engine:
             self.mechanism,
             self.collectives.group,
         )
+        by_samples = settings.weighting == "samples"
+        self._intake = Intake(encoder, self._aggregator, self.store, self.sizes if by_samples else None)
+        self._closing = Closing(settings.drop_slowest, settings.cohort, self.collectives, x.device)
+        # Ranks of a group would meet for jobs and for training in an order that is not the same on all.
+        able = self.collectives.group.size == 1 and settings.overlap != "never"
+        self._overlaps = able and (settings.overlap == "always" or spare_core(torch.get_num_threads()))
         self._evaluator: Evaluator | None = None
         self.choice: Choice | None = None
 
@@ -151,6 +162,10 @@ class Engine:
         cohort, ranks, shards = self.settings.cohort, self.collectives.world_size, self.collectives.group.size
         if not 1 <= cohort <= self.population:
             raise ValueError(f"cohort is {cohort}, expected 1 to the number of clients, {self.population}")
+        if (sampled := self.settings.sampled) > self.population:
+            raise ValueError(
+                f"drop_slowest: {sampled} clients to sample for a cohort of {cohort}, of {self.population}"
+            )
         if ranks > cohort:
             who = "ranks" if shards == 1 else f"groups of {shards} ranks"
             raise ValueError(f"{ranks} {who} for a cohort of {cohort}: some would have no client; start fewer ranks")
@@ -171,6 +186,8 @@ class Engine:
         )
         if privacy is None:
             return
+        if settings.drop_slowest is not None:
+            raise ValueError("drop_slowest: who is heard would depend on data, which no ε counts; leave it null")
         if privacy.noise == "secure" and self.collectives.group.size > 1:
             raise ValueError("privacy.noise: 'secure' would differ among the ranks of a client group; use seeded noise")
         self.mechanism = GaussianMechanism(privacy, divisor=settings.cohort, run=run)
@@ -280,23 +297,35 @@ class Engine:
         aggregator = self._aggregator
         aggregator.reset(len(ids))
         down = self.down()
-        bad: list[str] = []
+        self._closing.open(self.round)
         self.collectives.at(self.round + 1, "train")
         busy_start = time.perf_counter()
-        mine = placed[rank]
-        for first in range(0, len(mine), choice.clients_per_batch):
-            positions = mine[first : first + choice.clients_per_batch]
-            bad += self._train(positions, ids, blocks, down, nominal, aggregator)
+        # Where some may be late, those with least work come first.
+        mine = placed[rank] if settings.drop_slowest is None else placed[rank][::-1]
+        late: list[int] = []
+        self._worked = 0.0
+        on_thread = self._overlaps and len(mine) > choice.clients_per_batch
+        with Behind[list[str]](self.objective.device, on=on_thread) as behind:
+            for first in range(0, len(mine), choice.clients_per_batch):
+                positions = mine[first : first + choice.clients_per_batch]
+                try:
+                    upload = self._train(positions, ids, blocks, down, nominal)
+                except RoundClosedError:
+                    late += positions
+                else:
+                    behind(partial(self._intake.take, upload, self.round))
+        self._intake.missed([ids[p] for p in late])
+        bad = [line for lines in behind.results for line in lines]
         if self.objective.device.type == "cuda":
             torch.cuda.synchronize(self.objective.device)
         slots = aggregator.slots
         # Either may differ within a group, and what its ranks tell the others must not.
         asked = slots.new_tensor([float(self.stop_requested), time.perf_counter() - busy_start])
         self.collectives.group.sum(asked).div_(self.collectives.group.size)
-        slots[DROPPED] = len(bad)
+        slots[DROPPED], slots[LATE] = len(bad), len(late)
         slots[STOP] = asked[0]
         slots[N_SLOTS + rank] = asked[1]
-        slots[N_SLOTS + world + rank] = sum(costs[p] for p in mine)
+        slots[N_SLOTS + world + rank] = self._worked
         holders = [
             [w for w in range(world) if any(blocks[p] == b for p in placed[w])] for b in range(self.layout.n_blocks)
         ]
@@ -304,17 +333,22 @@ class Engine:
             aggregator.add_noise(self.round)
         self.collectives.at(self.round + 1, "reduce")
         agg = aggregator.reduce(self.collectives, holders)
-        loss_sum, loss_count, clients, steps, dropped, stop, *per_rank = slots.tolist()
+        self._closing.forget()
+        loss_sum, loss_count, clients, steps, dropped, missed, stop, *per_rank = slots.tolist()
         self.dropped = []
-        if dropped:
-            texts = self.collectives.gather(bad)[:: self.collectives.group.size]  # all ranks of a group say the same
-            self.dropped = [line for lines in texts for line in lines]
+        if dropped or missed:
+            told = self.collectives.gather((bad, late))[:: self.collectives.group.size]  # all of a group say the same
+            self.dropped = [line for lines, _ in told for line in lines]
+            late = [position for _, positions in told for position in positions]
+        self.late = [ids[position] for position in late]
         if dropped and settings.on_nonfinite == "error":
             raise NonFiniteUpdateError("; ".join(self.dropped))
         self.stop_agreed = stop > 0
         metrics: dict[str, float | None] = {}
         self.collectives.at(self.round + 1, "server")
         # Under privacy an empty cohort is a round like any other: to skip it would tell that it was empty.
+        if settings.drop_slowest is not None:
+            metrics["late"] = len(late)
         if clients or private:
             done = nominal
             if not private:
@@ -327,8 +361,15 @@ class Engine:
                 metrics |= aggregator.diagnostics(int(clients))
         self._note_speeds(per_rank[:world], per_rank[world:])
         self.round += 1
+        reported = [block for position, block in enumerate(blocks) if position not in late]
         up_bytes, down_bytes = protocol_bytes(
-            self.algorithm.down, self._sizes, self.wires, self.layout.whole, blocks, self.server.x.element_size()
+            self.algorithm.down,
+            self._sizes,
+            self.wires,
+            self.layout.whole,
+            reported,
+            self.server.x.element_size(),
+            sampled=len(ids),
         )
         round_s = time.perf_counter() - start
         busiest = max(per_rank[:world])
@@ -352,15 +393,17 @@ class Engine:
         settings = self.settings
         # The initial model tells the run's seed, and ε counts on a cohort that nobody knows.
         seed = settings.seed if self.mechanism is None else self.mechanism.seed
-        ids = sample_cohort(settings.sampling, seed, self.round, self.population, settings.cohort).tolist()
+        ids = sample_cohort(settings.sampling, seed, self.round, self.population, settings.sampled).tolist()
         if not self._sliced:
             return ids, [None] * len(ids)
         return ids, assign_blocks(settings.seed, self.round, len(ids), self.layout.n_blocks).tolist()
 
     def nominal_round(self, sampled: int, lr: float) -> Round:
         """The round that is next, as its clients see it."""
-        # How many came is private too: where privacy is asked for, nobody is told but the metrics.
-        cohort = sampled if self.mechanism is None else self.settings.cohort
+        # How many came is private too: where privacy is asked for, nobody is told but the metrics. Nor do clients know
+        # how many of those sampled will be heard.
+        known = self.mechanism is None and self.settings.drop_slowest is None
+        cohort = sampled if known else self.settings.cohort
         return Round(self.round, cohort, self.population, self.nominal_steps, lr)
 
     def down(self) -> Vectors:
@@ -374,13 +417,13 @@ class Engine:
         blocks: Sequence[int | None],
         down: Vectors,
         nominal: Round,
-        aggregator: Aggregator,
-    ) -> list[str]:
-        """Train the clients at some positions of the cohort and add what they send.
+    ) -> Upload:
+        """Train the clients at some positions of the cohort.
 
-        Returns:
-            A line for each that sent NaN or infinity.
+        Raises:
+            RoundClosedError: before they were done.
         """
+        self._closing.check()
         assert self._evaluator is not None
         ids = [cohort[p] for p in positions]
         if len(self._gradients) != len(ids):
@@ -395,39 +438,34 @@ class Engine:
             self._evaluator,
             self._gradients,
             self.settings.clip_norm,
+            self._closing.check,
         )
         stored = self.store.get(ids, self.server.x.device)
         keep = Vectors({name: stored[name] for name in self.algorithm.keep}, what="the client's kept state")
         versions = {name: value._version for name, value in down.items()}
-        up = self.algorithm.client(down, keep, task)
+        try:
+            up = self.algorithm.client(down, keep, task)
+            self._closing.check()
+        finally:
+            self._worked += task.steps_begun
+        self._closing.report(len(ids))
         if written := [name for name, value in down.items() if value._version != versions[name]]:
             raise RuntimeError(f"{type(self.algorithm).__name__}.client wrote to {', '.join(written)} in place")
         self._check_up(up, len(ids))
         if self.collectives.faults is not None:
             self.collectives.faults.spoil(up, self.round + 1)
-        if self._encoder:
-            up = self._encoder(up, ids, mine, self.round, stored)
-        stored |= {name: keep[name] for name in self.algorithm.keep}
-        by_samples = self.settings.weighting == "samples"
-        weights = self.sizes[ids].astype(float).tolist() if by_samples else [1.0] * len(ids)
-        finite = aggregator.add(up, weights, mine, positions)
-        steps = self.batches.steps(ids).tolist()
-        if self.store.names:
-            for c, client in enumerate(ids):
-                # Every client that has an owner has a row there, even one that was never heard.
-                heard = {name: stored[name][c : c + 1] for name in self.store.names}
-                self.store.put([client], heard if finite[c] else self.store.get([client]))
-        kept = torch.tensor(finite, device=task.loss_sum.device)
-        aggregator.tally(LOSS_SUM, torch.where(kept, task.loss_sum, 0))
-        aggregator.tally(LOSS_COUNT, torch.where(kept, task.loss_count, 0))
-        weighted = [w * k if sent else 0 for w, k, sent in zip(weights, steps, finite, strict=True)]
-        aggregator.tally(STEPS, aggregator.slots.new_tensor(weighted))
-        aggregator.slots[CLIENTS] += sum(finite)
-        return [
-            f"client {client} sent NaN or infinity in round {self.round + 1}"
-            for client, sent in zip(ids, finite, strict=True)
-            if not sent
-        ]
+        # The next clients get the same memory for their gradients.
+        memory = self._gradients.untyped_storage().data_ptr()
+        return Upload(
+            up={name: v.clone() if v.untyped_storage().data_ptr() == memory else v for name, v in up.items()},
+            kept=stored | {name: keep[name] for name in self.algorithm.keep},
+            positions=positions,
+            ids=ids,
+            blocks=mine,
+            steps=self.batches.steps(ids).tolist(),
+            loss_sum=task.loss_sum,
+            loss_count=task.loss_count,
+        )
 
     def _check_up(self, up: Mapping[str, Tensor], clients: int) -> None:
         expected = {name: (clients, wire.size(self.layout)) for name, wire in self.wires.items()}

@@ -43,6 +43,8 @@ def plan(
             raise ConfigError(f"{name}: {value}, expected at least 1")
     if config.sharding != "none":
         raise ConfigError(f"sharding: {config.sharding}, but a plan is of clients on one rank each; expected none")
+    if config.drop_slowest is not None:
+        raise ConfigError("drop_slowest: a plan is of rounds that wait for all clients; expected null")
     earlier = None if measured is None else _read_costs(measured)
     data, notes = _data(config)
     planner = Planner(config, data)

@@ -17,8 +17,7 @@ from torch.optim import _muon
 from turns import Job, Variant, graphed
 
 from fedkernels.kernels.dispatch import MISSING
-from fedkernels.kernels.newton_schulz import QUINTIC, RULES, newton_schulz
-from fedkernels.kernels.newton_schulz.cuda import cuda_on_matrices
+from fedkernels.kernels.newton_schulz import QUINTIC, newton_schulz, rules_of
 
 OPS = ("newton_schulz",)
 A, B, C = QUINTIC
@@ -26,10 +25,8 @@ STEPS, EPS = 5, 1e-7
 SPECTRA = ("gaussian", "log3", "log7", "rank16")
 LONGEST = (256, 1024)  # short and long side of the matrices of four spectra, at most
 PEAK_BYTES = 24  # per element of all matrices that a job holds at most
-EXACT, INEXACT = (
-    0.01,
-    1.0,
-)  # largest relative errors: of ours and float32, and of products in 16 bits as others use them
+# Largest relative errors: of ours and float32, and of products in 16 bits as others use them. Nothing at all has 1.
+EXACT, INEXACT = 0.01, 0.5
 SQUARE = {"cpu": 2048, "cuda": 8192}  # sides of the product that is the ceiling
 Batched = Callable[[Tensor], Tensor]
 
@@ -109,7 +106,7 @@ LIBRARIES: dict[str, tuple[str, Callable[[Tensor], Tensor | Sequence[Tensor]]]] 
 
 def backends(shape: tuple[int, ...]) -> list[str]:
     """Of ours on a GPU, those that can run a shape."""
-    rules = RULES | {"cuda": cuda_on_matrices}
+    rules = rules_of(STEPS, "cuda")
     names = ("cuda", "triton")
     return [name for name in names if (MISSING[name] or rules[name]("cuda", torch.float32, shape)) is None]
 

@@ -62,7 +62,7 @@ class Int8:
     (arXiv 1610.02132).
     """
 
-    chunk: Annotated[int, Field(ge=1)] = 256
+    chunk: Annotated[int, Field(ge=1, lt=2**31)] = 256
     error_feedback: bool = False
 
     def n_bytes(self, payload: Payload, itemsize: int) -> int:

@@ -280,6 +280,30 @@ def _require(name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...], dt
         raise ValueError(f"{name} is {_name(tensor.dtype)}, expected {expected}")
 
 
+def require_apart(name: str, tensor: Tensor | None, other_name: str, other: Tensor | None) -> None:
+    """Check that rows `[C, d]` which a kernel writes share no memory with others that it reads or writes.
+
+    Raises:
+        ValueError: a row of one and a row of the other overlap.
+    """
+    # What is being compiled has no addresses yet.
+    if tensor is None or other is None or torch.compiler.is_compiling():
+        return
+    (begins, size), (other_begins, other_size) = _row_addresses(tensor), _row_addresses(other)
+    if begins[-1] + size <= other_begins[0] or other_begins[-1] + other_size <= begins[0]:
+        return
+    if any(a < b + other_size and b < a + size for a in begins for b in other_begins):
+        raise ValueError(f"{name} shares memory with {other_name}, expected memory of its own")
+
+
+def _row_addresses(rows: Tensor) -> tuple[range, int]:
+    """Where the rows of `[C, d]` or `[d]` begin, in ascending order, and the bytes of one."""
+    clients, d = (1, *rows.shape)[-2:]
+    step = rows.stride(0) * rows.element_size() if clients > 1 else 0
+    begin = rows.data_ptr()
+    return range(begin, begin + clients * step, step) if step else range(begin, begin + 1), d * rows.element_size()
+
+
 def require_scalars(name: str, tensor: Tensor | None, like: Tensor, clients: int) -> None:
     """Check a scalar of an op, which is a tensor on the device so that graphs replay with its current value.
 

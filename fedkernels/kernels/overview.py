@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
+from . import muon_step, newton_schulz
 from .dispatch import BACKENDS, MISSING, ON_ROWS, VARIABLES, Backend, BackendError, Rule, choose
 from .exact_sum import RULES as EXACT
-from .newton_schulz import RULES as ON_MATRICES
 
 # Rows [C, d] of models people train: those of the papers' settings, and one of each order of magnitude.
 SHAPES: dict[str, tuple[int, int]] = {
@@ -38,8 +38,11 @@ MATRICES: dict[str, tuple[tuple[int, int, int], ...]] = {
     "lora_r16": ((32, 16, 2048), (16, 2048, 16), (16, 512, 16)),
 }
 
-# Muon's step is one pass over rows around the Newton–Schulz that its matrices would have alone.
-MATRIX_OPS: dict[str, Mapping[Backend, Rule]] = {"newton_schulz": ON_MATRICES, "muon_step": ON_ROWS}
+# Their rules depend on what the environment asks for.
+MATRIX_OPS: dict[str, Callable[[], Mapping[Backend, Rule]]] = {
+    "newton_schulz": newton_schulz.rules_of,
+    "muon_step": muon_step.rules_of,
+}
 
 
 def overview() -> str:
@@ -56,9 +59,9 @@ def overview() -> str:
         lines.append(f"{device}, float32:")
         for op, rules in OPS.items():
             lines += [_line(op, name, rules, device, shape) for name, shape in SHAPES.items()]
-        for op, rules in MATRIX_OPS.items():
+        for op, rules_of in MATRIX_OPS.items():
             for name, shapes in MATRICES.items():
-                lines += [_line(op, f"{name} {'x'.join(map(str, shape))}", rules, device, shape) for shape in shapes]
+                lines += [_line(op, f"{name} {'x'.join(map(str, s))}", rules_of(), device, s) for s in shapes]
     return "\n".join(lines)
 
 

@@ -17,10 +17,10 @@ from cuda_emulator import CUDA, SHARED_BYTES, Batch, NewtonSchulz, batch_of, com
 from kernel_matrices import SPECTRA, matrix_of, oracle, random, relative_error
 from torch import Tensor
 
-from fedkernels.kernels import dispatch
-from fedkernels.kernels.dispatch import MISSING, BackendError
+from fedkernels.kernels import dispatch, muon_step
+from fedkernels.kernels.dispatch import MISSING, BackendError, choose
 from fedkernels.kernels.fused_sam import row_norm
-from fedkernels.kernels.newton_schulz import RULES, Orthogonalization, newton_schulz
+from fedkernels.kernels.newton_schulz import RULES, Orthogonalization, newton_schulz, rules_of
 from fedkernels.kernels.newton_schulz.cuda import cuda_on_matrices
 
 METHODS: list[Orthogonalization] = ["newton_schulz", "polar_express"]
@@ -297,6 +297,17 @@ def test_rules() -> None:
     assert rule("cuda", torch.float32, (257, 500)) == "holds short sides up to 256 on chip, not 257"
     assert rule("cuda", torch.float64, (200, 500)) == "computes in float32, not in float64"
     assert rule("cpu", torch.float32, (200, 500)) == "runs on cuda, not on cpu"
+
+
+def test_more_steps_than_the_kernel_holds_go_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the rule says, so that the choice is Triton's; who asks for CUDA hears why not."""
+    for backend in ("cuda", "triton"):
+        monkeypatch.setitem(MISSING, backend, None)
+    for op in (rules_of, muon_step.rules_of):
+        for steps, backend in ((32, "cuda"), (33, "triton")):
+            assert choose("op", op(steps), "cuda", torch.float32, (2, 200, 500)).backend == backend
+        with pytest.raises(BackendError, match="backend=cuda cannot run op: takes at most 32 steps, not 33"):
+            choose("op", op(33, "cuda"), "cuda", torch.float32, (2, 200, 500), "cuda")
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch can build the CUDA kernels here")

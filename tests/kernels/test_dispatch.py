@@ -103,7 +103,12 @@ def test_schemas_of_backends_agree() -> None:
         assert schemas[0].replace("_cpp(", "_triton(").replace(") -> ", f"{more}) -> ") == schemas[1]
 
 
-def test_the_command_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("cuda", ["extension built without CUDA", None])
+def test_the_command_says_it_all(
+    cuda: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether the extension has kernels in CUDA C++ or not."""
+    monkeypatch.setitem(MISSING, "cuda", cuda)
     assert main(["kernels"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name in dispatch.VARIABLES:
@@ -114,8 +119,8 @@ def test_the_command_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     table = lines[lines.index("cpu, float32:") + 1 :][: len(starts)]
     for line, start in zip(table, starts, strict=True):
         refused = "" if start.startswith("exact_add ") else "; not triton: runs on cuda, not on cpu"
-        if start.split()[0] == "newton_schulz":
-            refused = f"; not cuda: {dispatch.MISSING['cuda']}{refused}"
+        if start.split()[0] in MATRIX_OPS:
+            refused = f"; not cuda: {cuda or 'runs on cuda, not on cpu'}{refused}"
         assert line.strip() == f"{start}cpp: the fastest on cpu{refused}"
 
 
@@ -127,6 +132,35 @@ def test_the_command_with_a_backend_that_cannot_run(
     said = capsys.readouterr().out
     assert "FEDKERNELS_BACKEND=triton cannot run fused_adamw: runs on cuda, not on cpu" in said
     assert "FEDKERNELS_BACKEND=triton cannot run exact_add: not written for this op" in said
+
+
+def test_the_command_says_where_matrices_go(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a GPU, by size, and where CUDA is asked for: what `newton_schulz` and `muon_step` themselves would choose."""
+    for backend in ("cuda", "triton"):
+        monkeypatch.setitem(MISSING, backend, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+    def said(what: str) -> dict[str, str]:
+        assert main(["kernels"]) == 0
+        on_gpu = capsys.readouterr().out.split("cuda, float32:")[1].splitlines()
+        lines = {op: next(line for line in on_gpu if line.split()[:3] == [op, *what.split()]) for op in MATRIX_OPS}
+        return {op: line.split(f"{what} ")[1].strip() for op, line in lines.items()}
+
+    medium, small, large = "vit_tiny 48x192x192", "lora_r16 32x16x2048", "vit_b 48x768x768"
+    assert set(said(medium).values()) == {"cuda: the fastest on cuda"}
+    reason = "left to triton up to a short side of 128, as 16"
+    assert set(said(small).values()) == {f"triton: the fastest on cuda; not cuda: {reason}"}
+    monkeypatch.setenv("FEDKERNELS_BACKEND", "cuda")
+    assert set(said(small).values()) == {"cuda: asked for by FEDKERNELS_BACKEND"}
+    refused = "holds short sides up to 256 on chip, not 768"
+    assert said(large) == {op: f"FEDKERNELS_BACKEND=cuda cannot run {op}: {refused}" for op in MATRIX_OPS}
+    monkeypatch.setitem(MISSING, "triton", "triton is not installed")
+    said_now = said(small)
+    assert said_now["newton_schulz"].startswith("cuda: ")
+    assert "begins and ends in triton, and that cannot: triton is not installed" in said_now["muon_step"]
 
 
 def test_a_run_is_refused_for_any_op_that_it_needs() -> None:

@@ -111,6 +111,14 @@ def test_columns_of_wider_sums() -> None:
     assert value(wide).tolist() == [[0.0] * 8, [2.0] * 8, [0.0] * 8]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(), (1, 1), (3, 1)])
+def test_weights_of_any_shape(backend: str, shape: tuple[int, ...]) -> None:
+    terms, w = rows(3, 50, torch.float32), weights(3)[: max(shape, default=1)]
+    found, expected = total(terms, w.view(shape), backend), total(terms, w.expand(3).contiguous(), backend)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_arguments_that_do_not_fit() -> None:
     terms, one, largest = torch.ones(2, 3), torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"sums has shape \[2, 4\]"):

@@ -108,6 +108,21 @@ def test_bfloat16_gradients(backend: str, clients: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_factor_of_gradients_is_taken_in_the_dtype_of_the_parameters(backend: str) -> None:
+    """Bit for bit, whatever the dtype it comes in."""
+    scale = torch.tensor([0.1, 1 / 3], device=DEVICE)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        y, m, v, g = state(2, 300)
+        fused_adamw(
+            y, m, v, g, lr=scalar(0.1), step=scalar(1), v_steps=scalar(0), **CONSTANTS, scale=scale.to(dtype),
+            backend=backend,
+        )  # fmt: skip
+        found.append((y, m))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [0.0, 1e-25, 1e-12, 1e6, 1e15])
 def test_scales(backend: str, scale: float) -> None:
     """From gradients whose squares vanish, where ε decides, to those whose squares nearly overflow."""

@@ -210,6 +210,28 @@ def test_refuses(backend: str) -> None:
         row_norm(y[None], backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_refuses_memory_that_is_shared(backend: str) -> None:
+    """Of any row with any other; those that only lie between each other's are apart."""
+    whole, g = rows(4, 40, 0), rows(3, 10, 1)
+    y, narrow = whole[:3, :10], whole.view(-1)[:60].view(3, 20)
+    for other in (y, whole[:3, 9:19], whole[1:, :10], narrow[:, :10]):
+        with pytest.raises(ValueError, match="saved shares memory with y, expected memory of its own"):
+            fused_sam(y, g, rho=RHO, saved=other, backend=backend)
+        with pytest.raises(ValueError, match="out shares memory with y, expected memory of its own"):
+            fused_sam(y, g, rho=RHO, out=other, backend=backend)
+    with pytest.raises(ValueError, match="saved shares memory with direction, expected memory of its own"):
+        fused_sam(y, g, rho=RHO, saved=g, backend=backend)
+    for other in (whole[:3, 10:20], narrow[:, 10:]):
+        start = y.clone()
+        fused_sam(y, g, rho=RHO, saved=other, backend=backend)
+        assert torch.equal(other, start)
+    expected = poison(3, 10)
+    fused_sam(y, g, rho=RHO, out=expected, backend=backend)
+    fused_sam(y, g, rho=RHO, out=g, backend=backend)  # element by element, and its norm is known before
+    assert torch.equal(g, expected)
+
+
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("in_place", [True, False])
 def test_opcheck(backend: str, in_place: bool) -> None:

@@ -86,6 +86,18 @@ def test_bfloat16_gradients(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_factor_of_gradients_is_taken_in_the_dtype_of_the_parameters(backend: str) -> None:
+    """Bit for bit, whatever the dtype it comes in."""
+    scale = torch.tensor([0.1, 1 / 3], device=DEVICE)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        y, m, g = state(2, 300)
+        fused_sgd(y, m, g, lr=scalar(0.1), momentum=0.9, scale=scale.to(dtype), backend=backend)
+        found.append((y, m))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
 def test_scales(backend: str, scale: float) -> None:
     check(backend, *state(2, 300, scale=scale), momentum=0.9, weight_decay=0.1)

@@ -147,6 +147,8 @@ def test_refusals(backend: str) -> None:
         muon_step(torch.zeros(2, 2, 3, 3, device=DEVICE), square, torch.zeros(2, 2, 3, 3, device=DEVICE), **rest)
     with pytest.raises(ValueError, match=r"g is float64 \[2, 1, 4, 6\], expected float32 \[2, 1, 4, 6\]"):
         muon_step(y, M, g.double(), **rest)
+    with pytest.raises(ValueError, match="steps is -1, expected at least 0"):
+        muon_step(y, M, g, steps=-1, **rest)
     with pytest.raises(ValueError, match=r"G has shape \[4, 6\], expected \[1, 4, 6\]"):
         muon_step(y, M, g, G=torch.zeros(4, 6, device=DEVICE), **rest)
 
@@ -168,7 +170,7 @@ def test_opcheck(backend: str, with_options: bool) -> None:
 
 if "triton" in BACKENDS:
 
-    @pytest.mark.parametrize(("backend", "inner"), [(None, "cuda"), ("triton", "triton")])
+    @pytest.mark.parametrize(("backend", "inner"), [(None, "cuda"), ("triton", "triton"), ("cuda", "cuda")])
     def test_matrices_go_where_newton_schulz_alone_would_send_them(
         backend: str | None, inner: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -185,7 +187,8 @@ if "triton" in BACKENDS:
 
         monkeypatch.setitem(MISSING, "cuda", None)
         monkeypatch.setitem(RULES, "cuda", rule)
+        monkeypatch.setattr("fedkernels.kernels.newton_schulz.cuda_on_matrices", lambda *arguments: None)
         monkeypatch.setattr("fedkernels.kernels.muon_step.triton.run", recorded)
         for sides in ((20, 9), (33, 40)):
             check(backend, *state((2, 1, *sides)), scalar(LR), BOUNDS["reference"])
-        assert ran == [("triton", 9), (inner, 33)]
+        assert ran == [(backend or "triton", 9), (inner, 33)]

@@ -152,6 +152,20 @@ def test_empty(backend: str, shape: tuple[int, ...]) -> None:
     assert newton_schulz(torch.empty(shape, device=DEVICE), backend=backend).shape == shape
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+def test_refuses(backend: str | None) -> None:
+    with pytest.raises(ValueError, match=r"u has shape \[5\], expected \[..., rows, cols\]"):
+        newton_schulz(torch.ones(5, device=DEVICE), backend=backend)
+    with pytest.raises(ValueError, match="u is int32, expected real floating-point numbers"):
+        newton_schulz(torch.ones(2, 2, dtype=torch.int32, device=DEVICE), backend=backend)
+    for shape in ((2, 2), (0, 2)):
+        u = torch.ones(shape, device=DEVICE)
+        with pytest.raises(ValueError, match="steps is -1, expected at least 0"):
+            newton_schulz(u, -1, backend=backend)
+        with pytest.raises(ValueError, match="method is 'quintic', expected newton_schulz or polar_express"):
+            newton_schulz(u, 5, "quintic", backend=backend)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("shape", [(3, 4), (2, 5, 3), (2, 2, 4, 4)])
 def test_opcheck(backend: str, shape: tuple[int, ...]) -> None:

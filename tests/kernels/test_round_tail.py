@@ -325,6 +325,17 @@ def test_one_weight_for_all_and_none_for_nobody(backend: str) -> None:
     assert torch.equal(sums, expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 1), (1, 3)])
+def test_weights_of_any_shape(backend: str, shape: tuple[int, ...]) -> None:
+    """One value or one for each client, as of all scalars."""
+    values, weights = rows(3, 300, 1), torch.tensor([0.5, 2.0, -1.0], device=DEVICE)[: max(shape)]
+    found, expected = torch.zeros(300, device=DEVICE), torch.zeros(300, device=DEVICE)
+    accumulate(found, values, weights.view(shape), backend=backend)
+    accumulate(expected, values, weights.expand(3).contiguous(), backend=backend)
+    assert torch.equal(found, expected)
+
+
 @every_backend
 @pytest.mark.parametrize("d", SIZES)
 def test_square_sums(backend: str, dtype: torch.dtype, d: int) -> None:
@@ -350,19 +361,20 @@ def test_square_sums_of_numbers_whose_squares_leave_float32(backend: str) -> Non
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_further_apart_than_32_bits_count(backend: str) -> None:
     """Two short rows 2³¹ elements from each other; what lies between is never touched."""
-    if DEVICE.type == "cpu":
-        memory = torch.empty(2**31 + 300, device=DEVICE)
-        values = memory.as_strided((2, 300), (2**31, 1))
-        values.copy_(rows(2, 300, 0))
-        near, ids = values.clone(), draws(1, 2)
-        found, expected = poison(2, 300), poison(2, 300)
-        encode_int8(values, draws=ids, chunk=64, decoded=found, backend=backend)
-        encode_int8(near, draws=ids, chunk=64, decoded=expected, backend=backend)
-        assert torch.equal(found, expected)
-        sums, weights = torch.zeros(300, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
-        accumulate(sums, values, weights, backend=backend)
-        assert torch.equal(sums, near[0].double() + near[1].double())
-        assert torch.equal(square_sums(values, backend=backend), square_sums(near, backend=backend))
+    if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 2**34:
+        pytest.skip("needs 16 GiB of GPU memory, most of which nobody touches")
+    memory = torch.empty(2**31 + 300, device=DEVICE)
+    values = memory.as_strided((2, 300), (2**31, 1))
+    values.copy_(rows(2, 300, 0))
+    near, ids = values.clone(), draws(1, 2)
+    found, expected = poison(2, 300), poison(2, 300)
+    encode_int8(values, draws=ids, chunk=64, decoded=found, backend=backend)
+    encode_int8(near, draws=ids, chunk=64, decoded=expected, backend=backend)
+    assert torch.equal(found, expected)
+    sums, weights = torch.zeros(300, dtype=torch.float64, device=DEVICE), scalar(1.0, torch.float64)
+    accumulate(sums, values, weights, backend=backend)
+    assert torch.equal(sums, near[0].double() + near[1].double())
+    assert torch.equal(square_sums(values, backend=backend), square_sums(near, backend=backend))
 
 
 # Contracts
@@ -371,8 +383,9 @@ def test_rows_further_apart_than_32_bits_count(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_refuses(backend: str) -> None:
     values, of = rows(2, 5, 0), draws(1, 2)
-    with pytest.raises(ValueError, match="chunk is 0, expected at least 1"):
-        encode_int8(values, draws=of, chunk=0, backend=backend)
+    for chunk in (0, 2**31):
+        with pytest.raises(ValueError, match=f"chunk is {chunk}, expected 1 to 2147483647"):
+            encode_int8(values, draws=of, chunk=chunk, backend=backend)
     with pytest.raises(ValueError, match=r"clients has shape \[3\], expected \[2\]"):
         encode_int8(values, draws=draws(1, 2, 3), chunk=4, backend=backend)
     with pytest.raises(ValueError, match=r"scale has shape \[2, 3\], expected \[2, 2\]"):
@@ -395,10 +408,30 @@ def test_refuses(backend: str) -> None:
         square_sums(values.long(), backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_refuses_spans_outside_a_row(backend: str) -> None:
+    spans = Spans.of([[slice(0, 2)], [slice(3, 6), slice(0, 1)]], DEVICE)
+    with pytest.raises(ValueError, match="spans end at 6, expected within a row of 5"):
+        encode_bf16(rows(2, 5, 0), spans=spans, decoded=poison(2, 5), backend=backend)
+
+
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="the check is in C++, before memory is touched")
-def test_refuses_spans_outside_a_row() -> None:
+def test_the_operator_refuses_spans_outside_a_row() -> None:
+    spans = Spans.of([[slice(0, 2)], [slice(3, 6)]])
     with pytest.raises(RuntimeError, match="span 0 of client 1 is not within a row of 5"):
-        encode_bf16(rows(2, 5, 0), spans=Spans.of([[slice(0, 2)], [slice(3, 6)]]), decoded=poison(2, 5))
+        torch.ops.fedkernels.encode_bf16_cpp(rows(2, 5, 0), None, None, spans.begins, spans.ends, None, poison(2, 5))
+
+
+def test_refuses_spans_that_overlap() -> None:
+    """What is sent twice has two residuals, and a message would be longer than a row. Those of another client may."""
+    for twice in ([slice(0, 3), slice(2, 4)], [slice(5, 9), slice(0, 2), slice(6, 7)], [slice(1, 2), slice(1, 2)]):
+        with pytest.raises(ValueError, match=r"client 1 sends \d to \d and \d to \d, which overlap"):
+            Spans.of([[slice(0, 3)], twice])
+    with pytest.raises(ValueError, match="client 0 sends -1 to 3, expected 0 ≤ start ≤ stop"):
+        Spans.of([[slice(-1, 3)]])
+    with pytest.raises(ValueError, match="client 0 sends 4 to 3, expected 0 ≤ start ≤ stop"):
+        Spans.of([[slice(4, 3)]])
+    assert Spans.of([[slice(2, 4), slice(4, 9), slice(3, 3), slice(0, 2)], [slice(0, 3)]]).stop == 9
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -86,6 +86,7 @@ def exact_add(sums: Tensor, rows: Tensor, weights: Tensor, largest: Tensor, *, b
     require_scalars("weights", weights, rows, clients)
     require("weights", weights, rows, tuple(weights.shape), torch.float64)
     require("largest", largest, rows, (1,), torch.float64)
+    weights = weights.view(-1)
     chosen = choose("exact_add", RULES, rows.device.type, rows.dtype, tuple(rows.shape), backend).backend
     if chosen == "cpp":
         torch.ops.fedkernels.exact_add_cpp(sums, rows, weights, largest)

@@ -32,7 +32,7 @@ def fused_adamw_reference(
     start = y if source is None else source
     g = g.to(y.dtype)
     if scale is not None:
-        g = g * scale.view(-1, 1)
+        g = g * scale.to(y.dtype).view(-1, 1)
     new_m = m.lerp(g, 1 - beta1)
     new_v = (v * beta2).addcmul_(g, g, value=1 - beta2)
     # In float64: 1 − β₂^k loses four digits in float32 at small k.

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import MISSING, ON_ROWS, choose, require, require_rows, require_scalars
+from ..dispatch import MISSING, ON_ROWS, choose, require, require_apart, require_rows, require_scalars
 from .reference import fused_sam_reference, row_norm_reference
 
 if MISSING["cpp"] is None:
@@ -87,8 +87,8 @@ def fused_sam(
 
     Raises:
         ValueError: not exactly one of `rho` and `coefficient`, or of `out` and `saved`; or a tensor is on another
-            device, of another shape or dtype than above, or has rows that are not contiguous, or that overlap and are
-            written to.
+            device, of another shape or dtype than above, has rows that are not contiguous, or that overlap and are
+            written to, or `out` or `saved` shares memory with `y`, or `saved` with `direction`.
         BackendError: the backend asked for cannot run here.
 
     Example:
@@ -115,6 +115,9 @@ def fused_sam(
         require_rows("direction", direction, y, (clients, d), *dtypes)
     require_rows("out", out, y, (clients, d), y.dtype, written=True)
     require_rows("saved", saved, y, (clients, d), y.dtype, written=True)
+    require_apart("out", out, "y", y)
+    require_apart("saved", saved, "y", y)
+    require_apart("saved", saved, "direction", direction)
     require_scalars("coefficient", coefficient, y, clients)
     chosen = choose("fused_sam", ON_ROWS, y.device.type, y.dtype, (clients, d), backend).backend
     w, source = (y, None) if out is None else (out, y)

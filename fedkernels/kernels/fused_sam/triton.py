@@ -25,7 +25,8 @@ def partial_kernel(g_ptr, partial_ptr, d, g_stride, parts, SIZE: tl.constexpr):
     g_ptr = row(g_ptr, pid // parts, g_stride)
     cols = (pid % parts).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     total = tl.zeros((SIZE,), tl.float64)
-    for _ in range(pid % parts, tl.cdiv(d, SIZE), parts):
+    # The number of tiles, without a sum of d and SIZE, which 32 bits may not hold.
+    for _ in range(pid % parts, (d - 1) // SIZE + 1, parts):
         g = tl.load(g_ptr + cols, cols < d, other=0.0).to(tl.float64)
         total += g * g
         cols += parts * SIZE

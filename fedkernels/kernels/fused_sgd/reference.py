@@ -27,7 +27,7 @@ def fused_sgd_reference(
     start = y if source is None else source
     p = g.to(y.dtype)
     if scale is not None:
-        p = p * scale.view(-1, 1)
+        p = p * scale.to(y.dtype).view(-1, 1)
     p = p + weight_decay * start
     if m is not None:
         p = momentum * m + p

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import MISSING, ON_ROWS, choose, require, require_scalars
-from ..newton_schulz import RULES, Orthogonalization, is_row_major
+from ..dispatch import MISSING, Backend, Rule, choose, require, require_scalars, triton_on_rows
+from ..newton_schulz import Orthogonalization, is_row_major
+from ..newton_schulz import rules_of as rules_of_newton_schulz
 from ..newton_schulz.reference import schedule
 from .reference import muon_step_reference
 
@@ -51,7 +52,8 @@ def muon_step(
         active: `[C]` bool; other clients keep parameters and momentum.
         steps: steps of `newton_schulz`.
         method: whose coefficients those have.
-        backend: `reference`, `cpp` or `triton`; by default the fastest that can run.
+        backend: `reference`, `cpp`, `triton` or `cuda`; by default the fastest that can run. On `cuda` the step begins
+            and ends in Triton, and has its matrices orthogonalized by CUDA C++ in between.
 
     Raises:
         ValueError: a tensor is on another device, of another shape or dtype than above, has matrices with gaps, or is
@@ -72,20 +74,34 @@ def muon_step(
     require("G", G, y, tuple(y.shape[1:]), y.dtype)
     require("active", active, y, (len(y),), torch.bool)
     require_scalars("lr", lr, y, len(y))
+    polynomials = schedule(method, steps)
     if y.numel() == 0:
         return
-    chosen = choose("muon_step", ON_ROWS, y.device.type, y.dtype, tuple(y.shape), backend).backend
-    arguments = (y, M, g, lr, momentum, weight_decay, scale, share, alpha, G, active, *schedule(method, steps))
-    if chosen == "triton":
+    chosen = choose("muon_step", rules_of(steps, backend), y.device.type, y.dtype, tuple(y.shape), backend).backend
+    arguments = (y, M, g, lr, momentum, weight_decay, scale, share, alpha, G, active, *polynomials)
+    if chosen in ("triton", "cuda"):
         from .triton import muon_step_triton
 
-        # Between its two launches the matrices go where `newton_schulz` alone would send them.
-        inner = choose("newton_schulz", RULES, y.device.type, y.dtype, tuple(y.shape), backend).backend
-        muon_step_triton(*arguments, inner)
+        muon_step_triton(*arguments, chosen)
     elif chosen == "cpp":
         torch.ops.fedkernels.muon_step_cpp(*arguments)
     else:
         muon_step_reference(*arguments)
+
+
+def rules_of(steps: int = 5, backend: str | None = None) -> dict[Backend, Rule]:
+    """The rules of a call: matrices go where `newton_schulz` alone would send them, if what goes before can run."""
+    rules = rules_of_newton_schulz(steps, backend)
+    in_between = rules["cuda"]
+
+    def cuda(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+        if (reason := in_between(device, dtype, shape)) is not None:
+            return reason
+        reason = MISSING["triton"] or triton_on_rows(device, dtype, shape)
+        return None if reason is None else f"begins and ends in triton, and that cannot: {reason}"
+
+    rules["cuda"] = cuda
+    return rules
 
 
 def _require_matrices(name: str, tensor: Tensor, y: Tensor, *, written: bool = False) -> None:

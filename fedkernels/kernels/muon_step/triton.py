@@ -16,7 +16,7 @@ from ..tiles import OPTIONS, TILE, is_active, moved, per_client, scalar
 @triton.jit
 def place_in_matrix(count, size, SIZE: tl.constexpr):
     """This program's client and matrix, its elements of that matrix, and which of them exist."""
-    tiles = tl.cdiv(size, SIZE)
+    tiles = (size - 1) // SIZE + 1  # of a sum with SIZE 32 bits may be too few
     matrix = (tl.program_id(0) // tiles).to(tl.int64)
     at = (tl.program_id(0) % tiles).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     return matrix // count, matrix % count, at, at < size

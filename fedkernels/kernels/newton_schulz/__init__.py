@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..dispatch import MISSING, Backend, Rule, choose, cpp_on_rows, triton_on_rows
-from .cuda import cuda_on_matrices, cuda_on_medium_matrices, newton_schulz_cuda
+from .cuda import MAX_STEPS, cuda_on_matrices, cuda_on_medium_matrices, newton_schulz_cuda
 from .reference import POLAR_EXPRESS, QUINTIC, Orthogonalization, newton_schulz_reference, schedule
 
-__all__ = ["POLAR_EXPRESS", "QUINTIC", "RULES", "Orthogonalization", "is_row_major", "newton_schulz", "run"]
+__all__ = ["POLAR_EXPRESS", "QUINTIC", "Orthogonalization", "is_row_major", "newton_schulz", "rules_of", "run"]
 
 # Of matrices, the limits of Triton and C++ are those of rows: the device and the dtype. Their kernels choose by shape.
 RULES: dict[Backend, Rule] = {"cuda": cuda_on_medium_matrices, "triton": triton_on_rows, "cpp": cpp_on_rows}
@@ -47,6 +47,8 @@ def newton_schulz(
         A new contiguous tensor of the shape and dtype of `u`; on the reference, transposed where matrices are tall.
 
     Raises:
+        ValueError: `u` has fewer than two dimensions or holds integers, `steps` is negative, or there is no such
+            method.
         BackendError: the backend asked for cannot run here.
 
     Example:
@@ -56,13 +58,27 @@ def newton_schulz(
     References: Jordan et al., Muon, 2024 (https://kellerjordan.github.io/posts/muon/); Amsel et al., The Polar Express:
     Optimal matrix sign methods and their application to the Muon algorithm, 2025 (arXiv 2505.16932), Algorithm 1.
     """
+    if u.dim() < 2:
+        raise ValueError(f"u has shape {list(u.shape)}, expected [..., rows, cols]")
+    if not u.is_floating_point():
+        raise ValueError(f"u is {str(u.dtype).removeprefix('torch.')}, expected real floating-point numbers")
+    polynomials = schedule(method, steps)
     if u.numel() == 0:
         return torch.empty_like(u)
-    # Who asks for CUDA gets it for all that it can run, not only for what it is best at.
-    asked = (backend or os.environ.get("FEDKERNELS_BACKEND")) == "cuda"
-    rules = RULES | {"cuda": cuda_on_matrices} if asked else RULES
+    rules = rules_of(steps, backend)
     chosen = choose("newton_schulz", rules, u.device.type, u.dtype, tuple(u.shape), backend).backend
-    return run(chosen, u, *schedule(method, steps))
+    return run(chosen, u, *polynomials)
+
+
+def rules_of(steps: int = 5, backend: str | None = None) -> dict[Backend, Rule]:
+    """The rules of a call with that many steps: who asks for CUDA gets it for all that it can run, not only for what it
+    is best at."""
+    rules = dict(RULES)
+    if (backend or os.environ.get("FEDKERNELS_BACKEND")) == "cuda":
+        rules["cuda"] = cuda_on_matrices
+    if steps > MAX_STEPS:
+        rules["cuda"] = lambda device, dtype, shape: f"takes at most {MAX_STEPS} steps, not {steps}"
+    return rules
 
 
 def run(backend: Backend, u: Tensor, coefficients: list[float], margin: float) -> Tensor:

@@ -38,7 +38,15 @@ _SCHEDULES: dict[Orthogonalization, tuple[tuple[float, float, float], ...]] = {
 
 
 def schedule(method: Orthogonalization, steps: int) -> tuple[list[float], float]:
-    """The coefficients a, b and c of every step, one after the other, and what ‖U‖ is multiplied with at first."""
+    """The coefficients a, b and c of every step, one after the other, and what ‖U‖ is multiplied with at first.
+
+    Raises:
+        ValueError: `steps` is negative, or there is no such method.
+    """
+    if method not in _SCHEDULES:
+        raise ValueError(f"method is {method!r}, expected {' or '.join(_SCHEDULES)}")
+    if steps < 0:
+        raise ValueError(f"steps is {steps}, expected at least 0")
     *first, last = _SCHEDULES[method]
     rows = islice(chain(first, repeat(last)), steps)
     return list(chain.from_iterable(rows)), 1.0 if method == "newton_schulz" else SAFETY

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Spans:
         begins: `[C, spans]` int64, where a part begins in the row.
         ends: `[C, spans]` int64, where it ends in the message; the last is the size of the message.
         size: of the longest message.
+        stop: where the last part of any row ends.
 
     Example:
         >>> Spans.of([[slice(4, 6), slice(0, 3)], [slice(0, 3)]]).ends.tolist()
@@ -48,10 +50,27 @@ class Spans:
     begins: Tensor
     ends: Tensor
     size: int
+    stop: int
 
     @classmethod
     def of(cls, slices: Sequence[Sequence[slice]], device: torch.device | None = None) -> Spans:
-        """The table for the slices of each client, which lie within its row."""
+        """The table for the slices of each client, which lie within its row.
+
+        Raises:
+            ValueError: slices of a client overlap, or one is not `0 ≤ start ≤ stop`.
+        """
+        stop = 0
+        for c, mine in enumerate(slices):
+            for part in mine:
+                if not 0 <= part.start <= part.stop:
+                    raise ValueError(f"client {c} sends {part.start} to {part.stop}, expected 0 ≤ start ≤ stop")
+            # What a program keeps of a value that is sent twice would be chance.
+            filled = sorted((part.start, part.stop) for part in mine if part.start < part.stop)
+            for (first, end), (begin, last) in pairwise(filled):
+                if begin < end:
+                    raise ValueError(f"client {c} sends {first} to {end} and {begin} to {last}, which overlap")
+            if filled:
+                stop = max(stop, filled[-1][1])
         most = max(1, *map(len, slices))
         table = torch.zeros(2, len(slices), most, dtype=torch.int64)
         for c, mine in enumerate(slices):
@@ -60,7 +79,7 @@ class Spans:
             table[1, c] = torch.tensor(sizes).cumsum(0)
         size = int(table[1, :, -1].max())
         begins, ends = table.to(device or table.device)
-        return cls(begins, ends, size)
+        return cls(begins, ends, size, stop)
 
 
 @dataclass(frozen=True)
@@ -101,7 +120,7 @@ def encode_int8(
     Args:
         values: `[C, d]`, float32; float64 without Triton. Rows of this and the tensors below may be strided.
         draws: what u follows from.
-        chunk: values that share a scale.
+        chunk: values that share a scale, fewer than 2³¹.
         spans: the parts of each row that are sent, in their order; None sends whole rows.
         x: `[d]`, subtracted from all rows.
         residual: `[C, d]`, what each client keeps, in place.
@@ -111,7 +130,8 @@ def encode_int8(
         backend: `reference`, `cpp` or `triton`; by default the fastest that can run.
 
     Raises:
-        ValueError: a tensor is on another device, of another shape or dtype than above, or `chunk` is not positive.
+        ValueError: a tensor is on another device, of another shape or dtype than above, `chunk` is not from 1 to
+            2³¹ − 1, or `spans` end beyond a row.
         BackendError: the backend asked for cannot run here.
 
     Example:
@@ -124,8 +144,8 @@ def encode_int8(
     Reference: Alistarh et al., QSGD: Communication-efficient SGD via gradient quantization and encoding, 2017
     (arXiv 1610.02132).
     """
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}, expected at least 1")
+    if not 1 <= chunk < 2**31:
+        raise ValueError(f"chunk is {chunk}, expected 1 to {2**31 - 1}")
     size = _check(values, spans, x, residual, decoded)
     clients = len(values)
     require("key", draws.key, values, tuple(draws.key.shape), torch.int64)
@@ -216,6 +236,7 @@ def accumulate(sums: Tensor, rows: Tensor, weights: Tensor, *, backend: str | No
     require_rows("rows", rows, rows, (len(rows), rows.shape[1]), torch.float32, torch.float64)
     require("sums", sums, rows, (rows.shape[1],), torch.float32, torch.float64)
     require_scalars("weights", weights, rows, len(rows))
+    weights = weights.view(-1)
     chosen = choose("accumulate", ON_ROWS, rows.device.type, rows.dtype, tuple(rows.shape), backend).backend
     if chosen == "triton":
         from .triton import accumulate_triton
@@ -272,4 +293,6 @@ def _check(
     table = (clients, *spans.ends.shape[1:])
     require("spans.begins", spans.begins, values, table, torch.int64)
     require("spans.ends", spans.ends, values, table, torch.int64)
+    if spans.stop > d:
+        raise ValueError(f"spans end at {spans.stop}, expected within a row of {d}")
     return spans.size

@@ -21,6 +21,21 @@ def no_cuda():
     return None
 
 
+# Names that TORCH_CUDA_ARCH_LIST knows for what is below 8.0.
+OLD = {"Kepler", "Kepler+Tegra", "Maxwell", "Maxwell+Tegra", "Pascal", "Volta", "Turing"}
+
+
+def architectures(listed):
+    """Of a TORCH_CUDA_ARCH_LIST, those that the kernels compile for, and those before 8.0, for which they do not."""
+
+    def old(name):
+        number = re.match(r"\d+\.\d+", name)
+        return name in OLD if number is None else float(number[0]) < 8
+
+    names = listed.replace(";", " ").split()
+    return [name for name in names if not old(name)], [name for name in names if old(name)]
+
+
 def kernels():
     """The C++ kernels as arguments of `setup`: compiled where torch and a compiler are, left out where they are not."""
     try:
@@ -49,7 +64,13 @@ def kernels():
     built = cpp
     if (reason := no_cuda()) is None:
         # Binaries of two generations, and PTX of each for those after it.
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0+PTX")
+        listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX;9.0+PTX"
+        known, old = architectures(listed)
+        if old:
+            print(f"fedkernels: CUDA kernels leave out {', '.join(old)} of TORCH_CUDA_ARCH_LIST, they begin at 8.0")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(known)
+        reason = None if known else f"TORCH_CUDA_ARCH_LIST={listed} has nothing from 8.0 on"
+    if reason is None:
         built = extension(CUDAExtension, "csrc/*/*.cpp", "csrc/cuda/*.cu", "csrc/bindings/cuda/*.cpp")
     else:
         print(f"fedkernels: no CUDA kernels: {reason}")

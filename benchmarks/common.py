@@ -111,14 +111,27 @@ def report(what: str, table: Table, details: dict[str, Any], out: Path, device: 
         details: every number behind the table.
         device: `cpu` or `cuda`, where it was measured.
     """
+    facts = facts_of(device)
+    print(f"\n{what}: {_hardware(facts)}")
+    print(", ".join(f"{name} {facts[name]}" for name in ("fedkernels", "torch", "numpy", "python", "git_revision")))
+    print(markdown(table))
+    path = write(what, table, details, facts, out)
+    print(f"wrote {path}")
+    return path
+
+
+def facts_of(device: str) -> dict[str, Any]:
+    """The machine and the versions that something is measured with."""
     facts = environment() | {"fedkernels": __version__}  # of this checkout, installed or not
     facts["load_average_1min"] = round(os.getloadavg()[0], 2)
     facts["measured_on"] = facts["devices"][0] if device == "cuda" else facts["cpu"]
     if device == "cuda":
         facts["gpu"] = gpu_facts()
-    print(f"\n{what}: {_hardware(facts)}")
-    print(", ".join(f"{name} {facts[name]}" for name in ("fedkernels", "torch", "numpy", "python", "git_revision")))
-    print(markdown(table))
+    return facts
+
+
+def write(what: str, table: Table, details: dict[str, Any], facts: dict[str, Any], out: Path) -> Path:
+    """Write the dated JSON file, in the place of one of the same day, and refresh the folder's README."""
     date = datetime.date.today().isoformat()
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)", "", facts["measured_on"].lower())).strip("-") or "cpu"
     out.mkdir(parents=True, exist_ok=True)
@@ -126,7 +139,6 @@ def report(what: str, table: Table, details: dict[str, Any], out: Path, device: 
     content = {"what": what, "date": date, "environment": facts, "table": table, "details": details}
     path.write_text(json.dumps(content, indent=1) + "\n")
     _write_index(out)
-    print(f"wrote {path}")
     return path
 
 

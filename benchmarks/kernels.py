@@ -22,7 +22,7 @@ import newton_schulz
 import round_tail
 import steps
 import torch
-from common import arguments, report
+from common import Table, arguments, facts_of, report, write
 from shapes import NAMES, Workload, workload
 from turns import Job, measure
 
@@ -110,7 +110,15 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} sees no GPU")
     ops = list(OPS) if "all" in options.op else options.op
-    results, left_out = [], []
+    results: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    facts, what = facts_of(device.type), f"kernels-{device.type}"
+
+    def content() -> tuple[Table, dict[str, Any]]:
+        huge_pages = os.environ.get("THP_MEM_ALLOC_ENABLE", "0") == "1"
+        details = {"huge_pages": huge_pages, "not_run": left_out, "runs": results}
+        return {"columns": COLUMNS, "rows": [row(result) for result in results]}, details
+
     for op in ops:
         family = OPS[op]
         for work in options.shape or map(workload, family.shapes[device.type]):
@@ -127,16 +135,12 @@ def main() -> None:
                         for result in measure(job, device, options.repeats):
                             results.append(result)
                             print(*row(result), sep="  ", flush=True)
+                        write(what, *content(), facts, options.out)  # what a run that is cut off leaves
                     torch.compiler.reset()  # forgets the tensors that compiled variants hold
                 del job  # with its memory
     if not results:
         parser.error("nothing was run: " + "; ".join(left_out))
-    huge_pages = os.environ.get("THP_MEM_ALLOC_ENABLE", "0") == "1"
-    details = {"huge_pages": huge_pages, "not_run": left_out, "runs": results}
-    path = report(
-        f"kernels-{device.type}", {"columns": COLUMNS, "rows": [row(result) for result in results]}, details,
-        options.out, device.type,
-    )  # fmt: skip
+    path = report(what, *content(), options.out, device.type)
     if find_spec("matplotlib") is None:  # a machine with a GPU alone may not have it
         print("no roofline: matplotlib is not installed")
         return

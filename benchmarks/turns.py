@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ class Variant:
         run: does it once; returns what is checked.
         bytes: what it has to move; 0 where that is not what limits it.
         tolerance: the largest error with which it still counts as the same job.
+        tolerances: in its place, of the errors of some names.
         foreign: made by a compiler or library that may not run here or be wrong, which is then told and not timed.
     """
 
@@ -27,6 +28,10 @@ class Variant:
     bytes: float = 0.0
     tolerance: float = 1.0
     foreign: bool = False
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+
+    def allows(self, name: str) -> float:
+        return self.tolerances.get(name, self.tolerance)
 
 
 @dataclass(frozen=True)
@@ -107,11 +112,12 @@ def check(job: Job) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
                 raise
             refused[variant.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
-        worst = max(found, key=lambda name: found[name] if found[name] == found[name] else float("inf"))
-        if found[worst] <= variant.tolerance:
+        shares = {name: error / variant.allows(name) for name, error in found.items()}
+        worst = max(shares, key=lambda name: shares[name] if shares[name] == shares[name] else float("inf"))
+        if shares[worst] <= 1:
             errors[variant.name] = found
             continue
-        reason = f"error {found[worst]:.2g} of {worst}, expected at most {variant.tolerance:g}"
+        reason = f"error {found[worst]:.2g} of {worst}, expected at most {variant.allows(worst):g}"
         if not variant.foreign:
             raise SystemExit(f"{job.facts['op']}, {job.facts['shape']}, {variant.name}: {reason}; nothing was timed")
         refused[variant.name] = reason

@@ -14,11 +14,13 @@ import kernels
 import newton_schulz
 import pytest
 import roofline
+import steps
 import torch
 from kernels import FAMILIES, OPS
 from shapes import Workload, shapes, workload
 from turns import Job, Variant, check, measure
 
+from fedkernels.kernels.fused_sam import fused_sam
 from fedkernels.kernels.overview import SHAPES
 
 TINY = Workload("tiny", 2, 1500, ((2, 24, 40), (1, 40, 24)))
@@ -90,6 +92,35 @@ def test_a_wrong_step_of_muon_stops_the_benchmark() -> None:
         check(replace(job, variants=[Variant("nothing", lambda: None, tolerance=0.1)]))
 
 
+@pytest.mark.parametrize("op", ["sam_adamw", "sam_sgd"])
+def test_a_perturbation_of_the_wrong_length_stops_the_benchmark(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves no trace in the parameters after the step, as both gradients are the same here."""
+
+    def too_far(*rows: torch.Tensor, rho: float, **options: Any) -> None:
+        fused_sam(*rows, rho=1.01 * rho, **options)
+
+    monkeypatch.setattr(steps, "fused_sam", too_far)
+    (job,) = jobs(op)
+    with pytest.raises(SystemExit, match=r"fedkernels, in place: error 0.01 of perturbation, expected at most 0.0001"):
+        check(job)
+
+
+def test_zeros_are_no_polar_factor() -> None:
+    (job,) = jobs("newton_schulz")
+    ours, allowed = job.variants[0], newton_schulz.INEXACT
+    zeros = replace(ours, run=lambda: [0 * o for o in ours.run()], tolerance=allowed)
+    with pytest.raises(SystemExit, match=f"error 1 of gaussian, expected at most {allowed}"):
+        check(replace(job, variants=[zeros]))
+
+
+def test_rounding_that_is_always_down_stops_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every value is within a step of what it was, and what is lost is kept; but it is half a step on average."""
+    monkeypatch.setattr(torch, "rand_like", torch.zeros_like)
+    (job,) = (job for job in jobs("round_tail") if job.facts["op"] == "round_tail int8")
+    with pytest.raises(SystemExit, match="operation by operation: error"):
+        check(job)
+
+
 def test_foreign_variants_are_named_and_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
     def broken() -> None:
         raise RuntimeError("no such GPU")
@@ -138,6 +169,24 @@ def test_the_command_writes_a_dated_table_and_a_plot(tmp_path: Path, monkeypatch
     assert all(len(row) == len(kernels.COLUMNS) for row in result["table"]["rows"])
     (plot,) = tmp_path.glob("*.png")
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--op", "newton_schulz", "muon_step", "--shape", "vit_tiny", "--threads", "1", "--repeats", "1"]
+    monkeypatch.setattr(kernels, "workload_named", lambda name: TINY)
+    monkeypatch.setattr(sys, "argv", ["kernels.py", *options, "--device", "cpu", "--out", str(tmp_path)])
+
+    def cut_off(job: Job, *given: Any) -> list[dict[str, Any]]:
+        if job.facts["op"] == "muon_step":
+            raise KeyboardInterrupt
+        return measure(job, *given)
+
+    monkeypatch.setattr(kernels, "measure", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        kernels.main()
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    assert {run["op"] for run in result["details"]["runs"]} == {"newton_schulz"}
+    assert len(result["table"]["rows"]) == len(result["details"]["runs"])
 
 
 def test_what_does_not_fit_is_said_and_left_out(

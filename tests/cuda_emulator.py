@@ -3,27 +3,66 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.cpp_extension import include_paths
 
 from fedkernels.kernels.newton_schulz import Orthogonalization
 from fedkernels.kernels.newton_schulz.reference import schedule
 
-CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
+TESTS = Path(__file__).parent
+CUDA = TESTS.parent / "csrc" / "cuda"
 SHARED_BYTES = {80: 166_912, 90: 232_448}  # what a block may have
+# Fortified, glibc refuses to jump between stacks.
+COMPILER = ["g++", "-O2", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", f"-I{CUDA}"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 
 def compile_source(source: Path, folder: Path, *flags: str) -> ctypes.CDLL:
     library = folder / f"{source.stem}.so"
-    # Fortified, glibc refuses to jump between stacks.
-    command = ["g++", "-x", "c++", "-std=c++17", "-O2", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas",
-               "-Wall", "-Wextra", "-Werror", f"-I{CUDA}", *flags, str(source), "-o", str(library)]  # fmt: skip
+    command = [*COMPILER, *WARNINGS, "-x", "c++", "-std=c++17", *flags, str(source), "-o", str(library)]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
+
+
+def compile_operator(folder: Path, *flags: str) -> Path:
+    """The operator: torch's binding, and the kernel on the emulator, for a device that `cuda_stubs` stands in for."""
+    import triton
+
+    stubs, library = TESTS / "cuda_stubs", folder / "operator.so"
+    # Headers of CUDA itself come with Triton.
+    headers = ["-I", str(stubs), "-I", str(Path(triton.__file__).parent / "backends" / "nvidia" / "include")]
+    headers += [f"-isystem{path}" for path in include_paths()]
+    sources = [CUDA.parent / "bindings" / "cuda" / "newton_schulz.cpp", stubs / "device.cpp", CUDA / "newton_schulz.cu"]
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    command = [*COMPILER, *WARNINGS, "-x", "c++", "-std=c++20", *headers, *flags, *map(str, sources), "-x", "none"]
+    command += [*libraries, "-o", str(library)]
+    subprocess.run(command, check=True)
+    return library
+
+
+def run_operator(library: Path, us: Sequence[Tensor], shared_limit: int, folder: Path) -> list[Tensor]:
+    """Its results of five steps, as the dispatcher gets them for tensors on a GPU.
+
+    In a process of its own, since the extension may define an operator of this name.
+    """
+    program = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+operator, cuda = torch.ops.fedkernels.newton_schulz_cuda.default, torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+torch.save(operator.redispatch(cuda, *torch.load(sys.argv[2])), sys.argv[2])
+"""
+    torch.save((list(us), *schedule("newton_schulz", 5)), folder / "tensors.pt")
+    command = [sys.executable, "-c", program, str(library), str(folder / "tensors.pt")]
+    subprocess.run(command, check=True, env=os.environ | {"FEDKERNELS_STUB_SHARED": str(shared_limit)})
+    found: list[Tensor] = torch.load(folder / "tensors.pt")
+    return found
 
 
 class Batch(ctypes.Structure):

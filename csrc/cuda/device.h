@@ -102,6 +102,16 @@ DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 DEVICE float square_root(float value) { return __fsqrt_rn(value); }
 
+// The architecture that the code which runs on this device was compiled for, such as 90, into `arch`; the CUDA error, or
+// 0. It is what __CUDA_ARCH__ was: a newer device may run PTX of an older one, which its own capability does not tell.
+template <class Arguments>
+int compiled_for(void (*kernel)(Arguments), int& arch) {
+  cudaFuncAttributes attributes = {};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  arch = attributes.ptxVersion;
+  return error;
+}
+
 // Start a grid of `blocks` in clusters of `cluster`, each block with `shared_bytes`; the CUDA error, or 0.
 template <class Arguments>
 int launch(void (*kernel)(Arguments), const Arguments& arguments, int blocks, int cluster, int threads,

@@ -353,6 +353,12 @@ inline Float4 load_past_l1(const Float4* from) { return *from; }
 inline float square_root(float value) { return std::sqrt(value); }
 
 template <class Arguments>
+int compiled_for(void (*)(Arguments), int& arch) {
+  arch = kClusters ? 90 : 80;
+  return 0;
+}
+
+template <class Arguments>
 int launch(void (*kernel)(Arguments), const Arguments& arguments, int blocks, int cluster, int threads,
            int shared_bytes, void*) {
   struct Call {

@@ -408,6 +408,13 @@ Plan place(Arguments& arguments, const Batch* batches, int count, int shared_lim
 }  // namespace
 }  // namespace fedkernels
 
+extern "C" int fedkernels_newton_schulz_max_cluster(int* max_cluster) {
+  int arch = 0;
+  const int error = fedkernels::compiled_for(fedkernels::newton_schulz_kernel, arch);
+  *max_cluster = arch >= 90 ? fedkernels::kMaxCluster : 1;
+  return error;
+}
+
 extern "C" int fedkernels_newton_schulz_plan(const fedkernels::Batch* batches, int count, int shared_limit,
                                              int max_cluster, fedkernels::Plan* plan) {
   fedkernels::Arguments arguments{};

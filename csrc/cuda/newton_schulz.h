@@ -28,8 +28,13 @@ struct Plan {
 
 }  // namespace fedkernels
 
-// Both return 0, or a CUDA error code. Batches are at most kMaxBatches, and their short sides at most kMaxShortSide.
-// `shared_limit` is what one block may have on the device, and `max_cluster` 1 where there are no clusters.
+// All return 0, or a CUDA error code.
+
+// The `max_cluster` of the calls below on the current device: 1 where the code that it runs knows no clusters.
+extern "C" int fedkernels_newton_schulz_max_cluster(int* max_cluster);
+
+// Batches are at most kMaxBatches, and their short sides at most kMaxShortSide. `shared_limit` is what one block may have
+// on the device.
 extern "C" int fedkernels_newton_schulz_plan(const fedkernels::Batch* batches, int count, int shared_limit,
                                              int max_cluster, fedkernels::Plan* plan);
 

@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuda_emulator import CUDA, SHARED_BYTES, Batch, NewtonSchulz, batch_of, compile_source
+from cuda_emulator import (
+    CUDA,
+    SHARED_BYTES,
+    Batch,
+    NewtonSchulz,
+    batch_of,
+    compile_operator,
+    compile_source,
+    run_operator,
+)
 from kernel_matrices import SPECTRA, matrix_of, oracle, random, relative_error
 from torch import Tensor
 
@@ -43,6 +52,11 @@ def without_clusters(tmp_path_factory: pytest.TempPathFactory) -> NewtonSchulz:
 @pytest.fixture(scope="session")
 def primitives(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return compile_source(Path(__file__).parent / "primitives.cu", tmp_path_factory.mktemp("primitives"))
+
+
+@pytest.fixture(scope="session")
+def operator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_operator(tmp_path_factory.mktemp("operator"))
 
 
 def single(*shape: int, seed: int = 0) -> Tensor:
@@ -268,6 +282,32 @@ def test_scales(emulated: NewtonSchulz, scale: float) -> None:
 # Launch and dispatch
 
 
+def test_the_operator(operator: Path, tmp_path: Path) -> None:
+    """Through torch: a whole model with strides, any dimensions, an empty batch, more batches than one launch takes."""
+    us = [*model(), random(20, 37, dtype=torch.float32).mT, single(0, 5), random(3, 33, 65, dtype=torch.float32)]
+    us.append(random(2, 2, 2, 9, 20, dtype=torch.float32)[:, :, 0])
+    us += [random(3, 4, seed=seed, dtype=torch.float32) for seed in range(100)]
+    for u, o in zip(us, run_operator(operator, us, LITTLE, tmp_path), strict=True):
+        assert o.shape == u.shape
+        assert o.is_contiguous()
+        if u.numel():
+            assert relative_error(o, oracle(u)) <= BOUND
+
+
+def test_code_without_clusters_gets_none(
+    emulated: NewtonSchulz, without_clusters: NewtonSchulz, tmp_path: Path
+) -> None:
+    """Where PTX of sm_80 runs on a newer device, a matrix that the device could share has to stay with one block."""
+    for kernel, clusters in ((emulated, 8), (without_clusters, 1)):
+        most = ctypes.c_int(0)
+        assert kernel.library.fedkernels_newton_schulz_max_cluster(ctypes.byref(most)) == 0
+        assert most.value == clusters
+    u = single(40, 300)
+    old = compile_operator(tmp_path, "-DFEDKERNELS_EMULATE_SM80")
+    (o,) = run_operator(old, [u], LITTLE, tmp_path)
+    assert relative_error(o, oracle(u)) <= BOUND
+
+
 def test_plans_fit(emulated: NewtonSchulz) -> None:
     """Shared memory is enough for every size, and whatever is up to 256² stays on chip where sm_90 has it."""
     for arch, limit in SHARED_BYTES.items():
@@ -322,7 +362,7 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         newton_schulz(torch.eye(2), backend="cuda")
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_90a"])
 @pytest.mark.parametrize("source", sorted(CUDA.glob("*.cu")), ids=lambda path: path.stem)
 def test_compiles_without_spills(source: Path, arch: str, tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:

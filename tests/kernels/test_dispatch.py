@@ -204,9 +204,21 @@ print(MISSING["cpp"])
     assert run.stdout.startswith(reason)
 
 
-@pytest.mark.parametrize("cuda", [False, True])
-def test_installs_without_a_compiler(cuda: bool, tmp_path: Path) -> None:
-    """A line says that there are no kernels and why, another one which are not there for CUDA; nothing fails."""
+@pytest.mark.parametrize(
+    ("architectures", "built"),
+    [
+        (None, None),
+        ("", "8.0+PTX;9.0+PTX"),
+        ("7.5 8.0 Volta;9.0a 12.0+PTX", "8.0;9.0a;12.0+PTX"),
+        ("5.0;7.5+PTX", None),
+    ],
+)
+def test_installs_without_a_compiler(architectures: str | None, built: str | None, tmp_path: Path) -> None:
+    """A line says that there are no kernels and why, another one which are not there for CUDA; nothing fails.
+
+    With CUDA, it is compiled for what the environment lists, but for what is too old.
+    """
+    cuda = architectures is not None
     root = Path(__file__).parent.parent.parent
     for name in ("setup.py", "README.md", "pyproject.toml"):
         shutil.copy(root / name, tmp_path)
@@ -219,9 +231,10 @@ def test_installs_without_a_compiler(cuda: bool, tmp_path: Path) -> None:
         nvcc.parent.mkdir(parents=True)
         nvcc.write_text("#!/bin/sh\nexit 1\n")
         nvcc.chmod(0o755)
-        environment["CUDA_HOME"] = str(tmp_path / "cuda")
-        claim = "import runpy, torch; torch.version.cuda = '13.0'; runpy.run_path('setup.py', run_name='__main__')"
-        program = ["-c", claim]
+        environment |= {"CUDA_HOME": str(tmp_path / "cuda"), "TORCH_CUDA_ARCH_LIST": architectures}
+        claim = "import os, runpy, torch; torch.version.cuda, torch.cuda._is_compiled = '13.0', lambda: True"
+        build = "runpy.run_path('setup.py', run_name='__main__'); print('for', os.environ['TORCH_CUDA_ARCH_LIST'])"
+        program = ["-c", f"{claim}; {build}"]
     run = subprocess.run(
         [sys.executable, *program, "build_ext", "--inplace"], cwd=tmp_path, capture_output=True, text=True,
         env=environment,
@@ -230,4 +243,11 @@ def test_installs_without_a_compiler(cuda: bool, tmp_path: Path) -> None:
     said = [line.split(" kernels: ") for line in run.stdout.splitlines() if line.startswith("fedkernels: no ")]
     assert [line[0] for line in said] == ["fedkernels: no CUDA", "fedkernels: no C++"]
     assert ("a build without CUDA" in said[0][1]) == (not cuda and torch.version.cuda is None)
+    if built is not None:
+        assert run.stdout.splitlines()[-1] == f"for {built}"
+    elif cuda:
+        assert said[0][1] == "TORCH_CUDA_ARCH_LIST=5.0;7.5+PTX has nothing from 8.0 on"
+    left_out = {"7.5 8.0 Volta;9.0a 12.0+PTX": "7.5, Volta", "5.0;7.5+PTX": "5.0, 7.5+PTX"}.get(architectures or "")
+    told = f"fedkernels: CUDA kernels leave out {left_out} of TORCH_CUDA_ARCH_LIST, they begin at 8.0"
+    assert (told in run.stdout.splitlines()) == (left_out is not None)
     assert not list(tmp_path.glob("fedkernels/*.so"))

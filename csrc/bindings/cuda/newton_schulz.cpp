@@ -42,10 +42,14 @@ Batch batch_of(const Tensor& u, const Tensor& o) {
           inner * size, size, tall ? 1 : cols, tall ? cols : 1};
 }
 
+void check(int code, const char* what) {
+  const auto error = static_cast<cudaError_t>(code);
+  TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
-  TORCH_CHECK(error == cudaSuccess, "device ", device, ": ", cudaGetErrorString(error));
+  check(cudaDeviceGetAttribute(&value, which, device), "newton_schulz_cuda does not know its device");
   return value;
 }
 
@@ -74,17 +78,18 @@ std::vector<Tensor> newton_schulz(at::TensorList us, at::ArrayRef<double> coeffi
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, us[0].device().index());
   TORCH_CHECK(major >= 8, "compute capability is ", major, ".x, expected at least 8.0");
   const int shared_limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, us[0].device().index());
-  const int max_cluster = major >= 9 ? 8 : 1;
+  int max_cluster = 1;
+  check(fedkernels_newton_schulz_max_cluster(&max_cluster), "newton_schulz_cuda has no code for this device");
   for (size_t first = 0; first < batches.size(); first += kMaxBatches) {
     const int count = static_cast<int>(std::min<size_t>(kMaxBatches, batches.size() - first));
     const Batch* some = batches.data() + first;
     Plan plan{};
-    fedkernels_newton_schulz_plan(some, count, shared_limit, max_cluster, &plan);
+    check(fedkernels_newton_schulz_plan(some, count, shared_limit, max_cluster, &plan), "newton_schulz_cuda");
     const Tensor workspace = at::empty({plan.workspace_floats}, us[0].options());
-    const auto error = static_cast<cudaError_t>(fedkernels_newton_schulz(
-        some, count, polynomials.data(), static_cast<int>(polynomials.size() / 3), static_cast<float>(margin),
-        shared_limit, max_cluster, workspace.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream().stream()));
-    TORCH_CHECK(error == cudaSuccess, "newton_schulz_cuda did not start: ", cudaGetErrorString(error));
+    check(fedkernels_newton_schulz(some, count, polynomials.data(), static_cast<int>(polynomials.size() / 3),
+                                   static_cast<float>(margin), shared_limit, max_cluster,
+                                   workspace.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream().stream()),
+          "newton_schulz_cuda did not start");
   }
   return os;
 }

@@ -232,10 +232,8 @@ def test_installs_without_a_compiler(architectures: str | None, built: str | Non
         nvcc.write_text("#!/bin/sh\nexit 1\n")
         nvcc.chmod(0o755)
         environment |= {"CUDA_HOME": str(tmp_path / "cuda"), "TORCH_CUDA_ARCH_LIST": architectures}
-        claim = (
-            "import os, runpy, torch; from torch.utils import cpp_extension as extension; torch.version.cuda = '13.0'"
-        )
-        claim += "; extension.CUDA_HOME = os.environ['CUDA_HOME']"
+        claim = "import os, runpy, torch; from torch.utils import cpp_extension; torch.version.cuda = '13.0'"
+        claim += "; cpp_extension.CUDA_HOME = os.environ['CUDA_HOME']"
         build = "runpy.run_path('setup.py', run_name='__main__'); print('for', os.environ['TORCH_CUDA_ARCH_LIST'])"
         program = ["-c", f"{claim}; {build}"]
     run = subprocess.run(

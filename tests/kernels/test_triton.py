@@ -26,7 +26,7 @@ from fedkernels.kernels.fused_sam.triton import (
     partial_kernel,
     sam_kernel,
 )
-from fedkernels.kernels.fused_sgd.triton import sgd_kernel
+from fedkernels.kernels.fused_sgd.triton import SGD_OPTIONS, sgd_kernel
 from fedkernels.kernels.round_tail.triton import (
     accumulate_kernel,
     bf16_kernel,
@@ -44,15 +44,24 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         {"LR_PER_CLIENT": False, "STEP_PER_CLIENT": False, "V_STEPS_PER_CLIENT": True, "SCALE_PER_CLIENT": True},
         OPTIONS,
     ),
-    "sgd": (sgd_kernel, {"LR_PER_CLIENT": False, "SCALE_PER_CLIENT": True}, OPTIONS),
+    "adamw by client": (
+        adamw_kernel,
+        {"LR_PER_CLIENT": True, "STEP_PER_CLIENT": True, "V_STEPS_PER_CLIENT": False, "SCALE_PER_CLIENT": False},
+        OPTIONS,
+    ),
+    "sgd": (sgd_kernel, {"LR_PER_CLIENT": False, "SCALE_PER_CLIENT": True}, SGD_OPTIONS),
+    "sgd by client": (sgd_kernel, {"LR_PER_CLIENT": True, "SCALE_PER_CLIENT": False}, SGD_OPTIONS),
     "sam": (sam_kernel, {"ONE_ROW": False, "PER_CLIENT": False, "PARTS": PARTS, "SIZE": SAM_TILE}, OPTIONS),
+    "sam by client": (sam_kernel, {"ONE_ROW": False, "PER_CLIENT": True, "PARTS": PARTS, "SIZE": SAM_TILE}, OPTIONS),
+    "sam along one row": (sam_kernel, {"ONE_ROW": True, "PER_CLIENT": True, "PARTS": PARTS, "SIZE": SAM_TILE}, OPTIONS),
     "partial": (partial_kernel, {"SIZE": NORM_TILE}, NORM_OPTIONS),
     "norm": (norm_kernel, {"PARTS": PARTS}, OPTIONS),
     "int8": (int8_kernel, {"CHUNK": 256, "CHUNKS": tile_of(256)[0], "WIDTH": tile_of(256)[1]}, OPTIONS),
     "int8 by 7": (int8_kernel, {"CHUNK": 7, "CHUNKS": tile_of(7)[0], "WIDTH": tile_of(7)[1]}, OPTIONS),
     "int8 by 4100": (int8_kernel, {"CHUNK": 4100, "CHUNKS": tile_of(4100)[0], "WIDTH": tile_of(4100)[1]}, OPTIONS),
     "bf16": (bf16_kernel, {}, OPTIONS),
-    "accumulate": (accumulate_kernel, {"PER_CLIENT": True}, OPTIONS),
+    "accumulate": (accumulate_kernel, {}, OPTIONS),
+    "accumulate in float32": (accumulate_kernel, {}, OPTIONS),
     "total": (total_kernel, {"PARTS": PARTS}, OPTIONS),
 }
 OPTIONAL = {
@@ -65,7 +74,7 @@ OPTIONAL = {
     "accumulate": [],
     "total": [],
 }
-OPTIONAL |= {op: [*OPTIONAL["bf16"], "scale_ptr"] for op in KERNELS if op.startswith("int8")}
+OPTIONAL["int8"] = [*OPTIONAL["bf16"], "scale_ptr"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run that the test starts")
@@ -82,31 +91,41 @@ def test_interpreted(op: str) -> None:
 
 
 def compiled(
-    op: str, arch: int, *, every_option: bool = True, one_client: bool = False, aligned: bool = True, g: str = "fp32"
+    name: str,
+    arch: int,
+    *,
+    every_option: bool = True,
+    one_client: bool = False,
+    aligned: bool = True,
+    g: str = "fp32",
+    length: str = "i32",
 ) -> Any:
-    """The kernel as a launch would specialise it: for `C` = 1 or more, and rows whose length divides by 16 or not."""
-    kernel, constants, options = KERNELS[op]
+    """The kernel as a launch would specialise it: for `C` = 1 or more, and rows whose length divides by 16 or not, and
+    is 2³¹ or more or not."""
+    kernel, constants, options = KERNELS[name]
+    op = name.split()[0]
     constants = {"SIZE": TILE, **constants} if "SIZE" in kernel.arg_names else dict(constants)
     if not every_option:
         constants |= dict.fromkeys(OPTIONAL[op])
     if op == "sam":  # a norm or a coefficient
-        constants |= {"coefficient_ptr" if every_option else "partial_ptr": None}
-        constants.pop("partial_ptr" if every_option else "coefficient_ptr", None)
+        from_norm = every_option and not constants["PER_CLIENT"]
+        constants |= {"coefficient_ptr" if from_norm else "partial_ptr": None}
+        constants.pop("partial_ptr" if from_norm else "coefficient_ptr", None)
     if one_client and "clients" in kernel.arg_names:
         constants["clients"] = 1
     kinds = {"active_ptr": "*i1", "partial_ptr": "*fp64", "g_ptr": f"*{g}", "direction_ptr": f"*{g}"}
     lengths = ["d", *(name for name in kernel.arg_names if name.endswith("_stride"))]
     kinds |= {"step_ptr": "*i64", "v_steps_ptr": "*fp64", "clients": "i32", "parts": "i32"}
     kinds |= {"payload_ptr": "*i16" if op == "bf16" else "*i8", "total_ptr": "*fp64", "spans": "i32", "wire": "i32"}
-    kinds |= dict.fromkeys(("sums_ptr", "weights_ptr"), "*fp64")
+    kinds |= {"sums_ptr": "*fp32" if name == "accumulate in float32" else "*fp64", "weights_ptr": "*fp64"}
     kinds |= dict.fromkeys(("begins_ptr", "ends_ptr", "key_ptr", "clients_ptr"), "*i64")
-    kinds |= dict.fromkeys(lengths, "i32")
+    kinds |= dict.fromkeys(lengths, length)
     signature = {
-        name: "constexpr" if name in constants else kinds.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
-        for name in kernel.arg_names
+        at: "constexpr" if at in constants else kinds.get(at, "*fp32" if at.endswith("_ptr") else "fp32")
+        for at in kernel.arg_names
     }
-    divisible = [name for name, kind in signature.items() if kind.startswith("*") or (name in lengths and aligned)]
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    divisible = [at for at, kind in signature.items() if kind.startswith("*") or (at in lengths and aligned)]
+    attributes = {(kernel.arg_names.index(at),): [["tt.divisibility", 16]] for at in divisible}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -116,13 +135,17 @@ def compiled(
 @pytest.mark.parametrize("every_option", [True, False])
 @pytest.mark.parametrize("op", KERNELS)
 def test_compiles_without_spills(op: str, every_option: bool, arch: int, tmp_path: Path) -> None:
-    for g in ("fp32", "bf16"):
-        for one_client in (True, False):
-            kernel = compiled(op, arch, every_option=every_option, one_client=one_client, g=g)
-            used = resources(kernel, tmp_path)
-            assert kernel.metadata.shared <= SHARED_BYTES
-            assert used["STACK"] == used["LOCAL"] == 0
-            assert used["REG"] <= 128, "fewer than four programs fit a multiprocessor"
+    """For one client and several, of rows that are aligned and not; for gradients in bfloat16, and for long rows."""
+    launches: list[dict[str, Any]] = [
+        {"one_client": one, "aligned": aligned} for one in (True, False) for aligned in (True, False)
+    ]
+    launches += [{"g": "bf16"}, {"g": "bf16", "aligned": False}, {"length": "i64", "aligned": False}]
+    for launch in launches:
+        kernel = compiled(op, arch, every_option=every_option, **launch)
+        used = resources(kernel, tmp_path)
+        assert kernel.metadata.shared <= SHARED_BYTES
+        assert used["STACK"] == used["LOCAL"] == 0, launch
+        assert used["REG"] <= 128, f"fewer than four programs fit a multiprocessor: {launch}"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -147,6 +170,14 @@ def test_offsets_are_64_bits_wide(op: str) -> None:
     assert set(re.findall(rf"tt\.addptr .* tensor<{tile}x(i\d+)>", ir)) == {"i64"}
     # `parts` counts partial sums, a few hundred a client.
     assert not [line for line in ir.splitlines() if re.search(r"arith\.muli .*: i32", line) and "%parts" not in line]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("op", ["partial", "accumulate", "bf16", "adamw"])
+def test_nothing_is_added_to_a_length_of_32_bits(op: str) -> None:
+    """Which may be 2³¹ − 1: what rounds it up to whole tiles would be negative."""
+    ir = compiled(op, 90).asm["ttir"]
+    assert not [line for line in ir.splitlines() if re.search(r"arith\.addi %d, .*: i32", line)]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..fused_sam.triton import PARTS, partial_sums, total_of
-from ..tiles import OPTIONS, TILE, per_client
+from ..tiles import OPTIONS, TILE
 
 # Four elements a thread: random numbers need registers.
 INT8_TILE = 512
@@ -236,11 +236,11 @@ def bf16_kernel(
 
 
 @triton.jit
-def sums_tile(sums_ptr, rows_ptr, weights_ptr, cols, inside, clients, rows_stride, PER_CLIENT: tl.constexpr):
+def sums_tile(sums_ptr, rows_ptr, weights_ptr, cols, inside, clients, rows_stride):
     sums = tl.load(sums_ptr + cols, inside)
     row_ptr = rows_ptr + cols
     for client in range(clients):
-        weight = tl.load(weights_ptr + client if PER_CLIENT else weights_ptr).to(sums.dtype)
+        weight = tl.load(weights_ptr + client).to(sums.dtype)
         if weight != 0:
             sums += weight * tl.load(row_ptr, inside).to(sums.dtype)
         row_ptr += rows_stride  # an offset of all rows before would need 64 bits
@@ -248,15 +248,13 @@ def sums_tile(sums_ptr, rows_ptr, weights_ptr, cols, inside, clients, rows_strid
 
 
 @triton.jit
-def accumulate_kernel(
-    sums_ptr, rows_ptr, weights_ptr, clients, d, rows_stride, PER_CLIENT: tl.constexpr, SIZE: tl.constexpr
-):
+def accumulate_kernel(sums_ptr, rows_ptr, weights_ptr, clients, d, rows_stride, SIZE: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * SIZE
     cols = first + tl.arange(0, SIZE)
     if first + SIZE <= d:
-        sums_tile(sums_ptr, rows_ptr, weights_ptr, cols, None, clients, rows_stride, PER_CLIENT)
+        sums_tile(sums_ptr, rows_ptr, weights_ptr, cols, None, clients, rows_stride)
     else:
-        sums_tile(sums_ptr, rows_ptr, weights_ptr, cols, cols < d, clients, rows_stride, PER_CLIENT)
+        sums_tile(sums_ptr, rows_ptr, weights_ptr, cols, cols < d, clients, rows_stride)
 
 
 @triton.jit
@@ -321,9 +319,9 @@ def encode_bf16_triton(
 @torch.library.custom_op("fedkernels::accumulate_triton", mutates_args=("sums",))
 def accumulate_triton(sums: Tensor, rows: Tensor, weights: Tensor) -> None:
     clients, d = rows.shape
-    accumulate_kernel[(triton.cdiv(d, TILE),)](
-        sums, rows, weights, clients, d, rows.stride(0), per_client(weights), TILE, **OPTIONS
-    )
+    # One weight for all would be a second kernel, for which ptxas takes a stack where rows are not aligned.
+    weights = weights.expand(clients).contiguous()
+    accumulate_kernel[(triton.cdiv(d, TILE),)](sums, rows, weights, clients, d, rows.stride(0), TILE, **OPTIONS)
 
 
 @torch.library.custom_op("fedkernels::square_sums_triton", mutates_args=())

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..tiles import OPTIONS, TILE, grid, is_active, moved, per_client, place, row, scalar, store_parameters, stride
 
 # Left to itself, ptxas takes so few registers on sm_90 that it spills two where rates are those of each client.
-SGD_OPTIONS = {**OPTIONS, "maxnreg": 64}
+SGD_OPTIONS = {**OPTIONS, "maxnreg": 128}
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from kernel_rows import DEVICE
 
 from fedkernels.kernels.muon_step import muon_step
 from fedkernels.kernels.newton_schulz import Orthogonalization, newton_schulz
+from fedkernels.kernels.newton_schulz.reference import schedule
 
 BACKENDS = ["cuda", "triton"]
 # Sides that no tile divides, on both sides of the limits of Triton's one program and of clusters of blocks.
@@ -51,6 +52,12 @@ def test_huge_tiny_zero_and_not_finite(backend: str) -> None:
     assert relative_error(found[:3], oracle(given[:3])) < LIMIT[backend]
     assert not found[3].any()
     assert found[4].isnan().any()
+
+
+@pytest.mark.parametrize("shapes", [[(3, 4)], [(2, 130, 150), (150, 130), (2, 0, 4)]])
+def test_opcheck(shapes: list[tuple[int, ...]]) -> None:
+    us = [random(*shape, dtype=torch.float32) for shape in shapes]
+    torch.library.opcheck(torch.ops.fedkernels.newton_schulz_cuda.default, (us, *schedule("newton_schulz", 2)))
 
 
 def test_muon_takes_what_is_fastest_for_its_matrices() -> None:

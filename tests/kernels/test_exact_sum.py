@@ -111,6 +111,32 @@ def test_columns_of_wider_sums() -> None:
     assert value(wide).tolist() == [[0.0] * 8, [2.0] * 8, [0.0] * 8]
 
 
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the operators are those of C++")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype: torch.dtype) -> None:
+    sums = torch.zeros(2, 3, 8, dtype=torch.int64)[:, 1]
+    arguments = (sums, rows(3, 16, dtype)[:, 4:12], weights(3), torch.zeros(1, dtype=torch.float64))
+    torch.library.opcheck(torch.ops.fedkernels.exact_add_cpp.default, arguments)
+    torch.library.opcheck(torch.ops.fedkernels.exact_value_cpp.default, (sums,))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_into_one_graph(backend: str) -> None:
+    """With the same bits: what a compiler does to sums of floats changes nothing here."""
+
+    def step(terms: Tensor, w: Tensor, sums: Tensor, largest: Tensor) -> Tensor:
+        exact_add(sums, 3 * terms, w, largest, backend=backend)
+        return value(sums, backend=backend)
+
+    def given() -> tuple[Tensor, ...]:
+        sums = torch.zeros(2, 257, dtype=torch.int64)
+        return rows(3, 257, torch.float64), weights(3), sums, torch.zeros(1, dtype=torch.float64)
+
+    found, expected = given(), given()
+    assert torch.equal(torch.compile(step, fullgraph=True)(*found), step(*expected))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(), (1, 1), (3, 1)])
 def test_weights_of_any_shape(backend: str, shape: tuple[int, ...]) -> None:

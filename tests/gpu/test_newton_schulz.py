@@ -8,7 +8,7 @@ from kernel_matrices import SHAPES, SPECTRA, matrix_of, oracle, random, relative
 from kernel_rows import DEVICE
 
 from fedkernels.kernels.muon_step import muon_step
-from fedkernels.kernels.newton_schulz import Orthogonalization, newton_schulz
+from fedkernels.kernels.newton_schulz import Orthogonalization, newton_schulz, newton_schulz_all
 from fedkernels.kernels.newton_schulz.reference import schedule
 
 BACKENDS = ["cuda", "triton"]
@@ -52,6 +52,18 @@ def test_huge_tiny_zero_and_not_finite(backend: str) -> None:
     assert relative_error(found[:3], oracle(given[:3])) < LIMIT[backend]
     assert not found[3].any()
     assert found[4].isnan().any()
+
+
+def test_all_matrices_of_a_model() -> None:
+    """Those of CUDA C++ in one launch, by profile, beside those of Triton."""
+    us = [random(*shape, dtype=torch.float32) for shape in ((2, 192, 192), (20, 300), (192, 768), (300, 130))]
+    newton_schulz_all(us)  # compiles
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        found = newton_schulz_all(us)
+        torch.cuda.synchronize()
+    for u, o in zip(us, found, strict=True):
+        assert relative_error(o, oracle(u)) < LIMIT["cuda"]
+    assert sum(event.count for event in profile.key_averages() if "newton_schulz_kernel" in event.key) == 1
 
 
 @pytest.mark.parametrize("shapes", [[(3, 4)], [(2, 130, 150), (150, 130), (2, 0, 4)]])

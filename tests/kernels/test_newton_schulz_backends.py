@@ -8,9 +8,10 @@ from kernel_matrices import SPECTRA, matrix_of, oracle, random, relative_error
 from kernel_rows import BACKENDS, COMPILED, DEVICE
 from torch import Tensor
 
+from fedkernels.kernels import dispatch
 from fedkernels.kernels.dispatch import INTERPRETED
-from fedkernels.kernels.newton_schulz import Orthogonalization, newton_schulz
-from fedkernels.kernels.newton_schulz.reference import schedule
+from fedkernels.kernels.newton_schulz import RULES, Orthogonalization, newton_schulz, newton_schulz_all
+from fedkernels.kernels.newton_schulz.reference import newton_schulz_reference, schedule
 
 # Of the norm of the result, five steps; the measured ones are a third of these at most.
 BOUNDS = {"reference": 2e-4, "cpp": 2e-4, "triton": 1e-2}
@@ -173,6 +174,39 @@ def test_opcheck(backend: str, shape: tuple[int, ...]) -> None:
         import fedkernels.kernels.newton_schulz.triton  # noqa: F401  defines the operator
     arguments = (random(*shape, dtype=torch.float32), *schedule("newton_schulz", 2))
     torch.library.opcheck(getattr(torch.ops.fedkernels, f"newton_schulz_{backend}").default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_of_any_shapes(backend: str) -> None:
+    """The bits of one after the other."""
+    us = [random(*shape, dtype=torch.float32) for shape in ((3, 9, 20), (20, 9), (2, 0, 4), (1, 2, 5, 5))]
+    found = newton_schulz_all(us, 2, "polar_express", backend=backend)
+    for u, o in zip(us, found, strict=True):
+        assert torch.equal(o, newton_schulz(u, 2, "polar_express", backend=backend))
+    assert newton_schulz_all([], backend=backend) == []
+    with pytest.raises(ValueError, match=r"u has shape \[5\], expected \[..., rows, cols\]"):
+        newton_schulz_all([us[0], torch.ones(5, device=DEVICE)], backend=backend)
+
+
+def test_those_of_cuda_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it took wide matrices of any device; results come back in the order that was given."""
+    launches = []
+
+    def launched(us: list[Tensor], coefficients: list[float], margin: float) -> list[Tensor]:
+        launches.append([tuple(u.shape) for u in us])
+        return [newton_schulz_reference(u, coefficients, margin) for u in us]
+
+    def wide(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+        return None if shape[-1] > shape[-2] else "not wide"
+
+    monkeypatch.setitem(dispatch.MISSING, "cuda", None)
+    monkeypatch.setitem(RULES, "cuda", wide)
+    monkeypatch.setattr("fedkernels.kernels.newton_schulz.newton_schulz_cuda", launched)
+    us = [random(*shape, dtype=torch.float32) for shape in ((2, 5, 9), (9, 5), (0, 3, 4), (3, 7))]
+    for u, o in zip(us, newton_schulz_all(us), strict=True):
+        assert o.shape == u.shape
+        assert u.numel() == 0 or relative_error(o, oracle(u)) <= 1e-2
+    assert launches == [[(2, 5, 9), (3, 7)]]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

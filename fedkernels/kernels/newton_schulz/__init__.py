@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,16 @@ from ..dispatch import MISSING, Backend, Rule, choose, cpp_on_rows, triton_on_ro
 from .cuda import MAX_STEPS, cuda_on_matrices, cuda_on_medium_matrices, newton_schulz_cuda
 from .reference import POLAR_EXPRESS, QUINTIC, Orthogonalization, newton_schulz_reference, schedule
 
-__all__ = ["POLAR_EXPRESS", "QUINTIC", "Orthogonalization", "is_row_major", "newton_schulz", "rules_of", "run"]
+__all__ = [
+    "POLAR_EXPRESS",
+    "QUINTIC",
+    "Orthogonalization",
+    "is_row_major",
+    "newton_schulz",
+    "newton_schulz_all",
+    "rules_of",
+    "run",
+]
 
 # Of matrices, the limits of Triton and C++ are those of rows: the device and the dtype. Their kernels choose by shape.
 RULES: dict[Backend, Rule] = {"cuda": cuda_on_medium_matrices, "triton": triton_on_rows, "cpp": cpp_on_rows}
@@ -58,16 +68,42 @@ def newton_schulz(
     References: Jordan et al., Muon, 2024 (https://kellerjordan.github.io/posts/muon/); Amsel et al., The Polar Express:
     Optimal matrix sign methods and their application to the Muon algorithm, 2025 (arXiv 2505.16932), Algorithm 1.
     """
-    if u.dim() < 2:
-        raise ValueError(f"u has shape {list(u.shape)}, expected [..., rows, cols]")
-    if not u.is_floating_point():
-        raise ValueError(f"u is {str(u.dtype).removeprefix('torch.')}, expected real floating-point numbers")
-    polynomials = schedule(method, steps)
-    if u.numel() == 0:
-        return torch.empty_like(u)
-    rules = rules_of(steps, backend)
-    chosen = choose("newton_schulz", rules, u.device.type, u.dtype, tuple(u.shape), backend).backend
-    return run(chosen, u, *polynomials)
+    return newton_schulz_all([u], steps, method, backend=backend)[0]
+
+
+def newton_schulz_all(
+    us: Sequence[Tensor], steps: int = 5, method: Orthogonalization = "newton_schulz", *, backend: str | None = None
+) -> list[Tensor]:
+    """`newton_schulz` of batches of any shapes: those that CUDA C++ takes in one launch, the others one by one.
+
+    Args:
+        us: each as `u` of `newton_schulz`, and on one device.
+        steps, method, backend: likewise.
+
+    Example:
+        >>> [o.shape for o in newton_schulz_all([torch.ones(3, 2, 4), torch.eye(5)])]
+        [torch.Size([3, 2, 4]), torch.Size([5, 5])]
+    """
+    for u in us:
+        if u.dim() < 2:
+            raise ValueError(f"u has shape {list(u.shape)}, expected [..., rows, cols]")
+        if not u.is_floating_point():
+            raise ValueError(f"u is {str(u.dtype).removeprefix('torch.')}, expected real floating-point numbers")
+    polynomials, rules = schedule(method, steps), rules_of(steps, backend)
+    found: list[Tensor] = []
+    in_cuda: list[int] = []
+    for i, u in enumerate(us):
+        if u.numel() == 0:
+            found.append(torch.empty_like(u))
+            continue
+        chosen = choose("newton_schulz", rules, u.device.type, u.dtype, tuple(u.shape), backend).backend
+        if chosen == "cuda":
+            in_cuda.append(i)
+        found.append(u if chosen == "cuda" else run(chosen, u, *polynomials))
+    if in_cuda:
+        for i, o in zip(in_cuda, newton_schulz_cuda([us[i] for i in in_cuda], *polynomials), strict=True):
+            found[i] = o
+    return found
 
 
 def rules_of(steps: int = 5, backend: str | None = None) -> dict[Backend, Rule]:

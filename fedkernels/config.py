@@ -32,6 +32,7 @@ from .data.partition import Partition
 from .data.tokens import Tokens
 from .federated.codecs import CODECS
 from .federated.evaluators import EvaluatorName
+from .federated.hierarchy import AllReduce
 from .federated.objective import Precision
 from .federated.parallel import DeepSpeedSettings, Sharding
 from .federated.schedule import LrSchedule
@@ -111,6 +112,8 @@ class Config:
         placement: balance ranks by estimated work, or also by measured speed.
         reduce_dtype: of sums over clients; float64 hides rank count and order, float32 halves link bytes.
         reduction: exact sums over clients are the same bits on any number of ranks, at twice the link bytes of float64.
+        all_reduce: hierarchical sums over the ranks of every node, then across nodes, where gloo's flat one is a ring
+            over all ranks; NCCL does so by itself. The nodes must have as many ranks each.
         on_nonfinite: what a client that sends NaN or infinity does to the run.
         kernels: what optimizer steps and the other ops run on; auto takes the fastest backend that can run each.
         device: where clients train.
@@ -152,6 +155,7 @@ class Config:
     placement: Literal["estimated", "measured"] = "estimated"
     reduce_dtype: Literal["float64", "float32"] = "float64"
     reduction: Literal["exact", "fast"] = "fast"
+    all_reduce: AllReduce = "flat"
     on_nonfinite: Literal["error", "drop_client"] = "error"
     kernels: KernelsName = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -139,9 +139,10 @@ def _train(config: Config, device: torch.device, collectives: Collectives, resum
         ranks += f" in groups of {collectives.group.size} by {config.sharding}"
     notes.append(f"{ranks} on {device.type}, {engine.layout.whole.d:,} parameters")
     if config.all_reduce == "hierarchical":
-        levels = collectives.hierarchy
-        flat = "flat: one node, or one rank on each"
-        notes.append(f"all-reduce {flat if levels is None else f'in {levels.nodes} nodes of {levels.ranks}, then across'}")
+        how, levels = "flat: there is one node, or one rank on each", collectives.hierarchy
+        if levels is not None:
+            how = f"in {levels.nodes} nodes of {levels.ranks}, then across"
+        notes.append(f"all-reduce {how}")
     notes.append(f"evaluator {choice.evaluator}, {choice.clients_per_batch} client(s) at once: {choice.why}")
     notes += codec_notes(engine.wires, engine.layout)
     if engine.mechanism is not None:

@@ -79,14 +79,17 @@ def on_nodes(collectives: Collectives, nodes: Sequence[int], shard_size: int = 1
     return Collectives(shard_size=shard_size, all_reduce="hierarchical")
 
 
-def sums_in_levels(everyone: Collectives, nodes: Sequence[int], shard_size: int) -> dict[str, Any]:
-    """Sums of every length and type, with what they put on links, and how many collectives of torch it took."""
-    collectives = on_nodes(everyone, nodes, shard_size)
-    levels = collectives.hierarchy
-    out: dict[str, Any] = {"levels": None if levels is None else (levels.nodes, levels.ranks)}
+def sums_in_levels(everyone: Collectives, cases: Sequence[tuple[Sequence[int], int]]) -> list[dict[str, Any]]:
+    """For nodes and a shard size each: sums of every length and type, bytes on links, and torch's collectives."""
     called: list[str] = []
     for name in ("all_reduce", "all_to_all_single"):
         setattr(dist, name, _counted(getattr(dist, name), name, called))
+    return [_sums(on_nodes(everyone, nodes, shard_size), called) for nodes, shard_size in cases]
+
+
+def _sums(collectives: Collectives, called: list[str]) -> dict[str, Any]:
+    levels = collectives.hierarchy
+    out: dict[str, Any] = {"levels": None if levels is None else (levels.nodes, levels.ranks)}
     for dtype in (torch.int64, torch.float64, torch.float32):
         for n in LENGTHS:
             bucket, collectives.link_bytes = terms_of(collectives.process_rank, n, dtype), 0
@@ -104,13 +107,15 @@ def _counted(function: Callable[..., Any], name: str, called: list[str]) -> Call
     return count
 
 
-def refused_levels(everyone: Collectives, nodes: Sequence[int], shard_size: int) -> str:
-    """What a rank says of nodes that do not go with a hierarchical sum."""
-    try:
-        on_nodes(everyone, nodes, shard_size)
-    except ValueError as error:
-        return str(error)
-    return ""
+def refused_levels(everyone: Collectives, cases: Sequence[tuple[Sequence[int], int]]) -> list[str]:
+    """What a rank says of nodes and shard sizes that do not go with a hierarchical sum."""
+    said = []
+    for nodes, shard_size in cases:
+        try:
+            on_nodes(everyone, nodes, shard_size)
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
 def exact_in_levels(everyone: Collectives, nodes: Sequence[int], names: list[str]) -> dict[str, Any]:

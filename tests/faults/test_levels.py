@@ -42,7 +42,7 @@ def rank_that_waits(rank: int, port: int, entered: int, told: Any) -> None:
         told.put((rank, str(error)))
 
 
-@pytest.mark.parametrize("entered", [0, 1, 2, 3])
+@pytest.mark.parametrize("entered", [0, 1, 2])
 def test_who_hangs_in_a_sum_is_named_alone(entered: int) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -19,32 +19,37 @@ FLAT, TWO_LEVELS = ["all_reduce"], ["all_to_all_single", "all_reduce", "all_to_a
 PAIRS = [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("nodes", "shard_size", "expected"),
+# The node of every rank, the size of client groups, and how many nodes of how many ranks a shard is then summed over.
+Layout = tuple[Sequence[int], int, tuple[int, int] | None]
+LAYOUTS: list[list[Layout]] = [
     [
         (PAIRS, 1, (2, 2)),
         ([0, 1, 0, 1], 1, (2, 2)),
         ([0, 0, 0, 0], 1, None),
         ([0, 1, 2, 3], 1, None),
         (PAIRS, 2, None),  # one rank with each shard on a node
-        ([0, 0, 0, 1, 1, 1], 1, (2, 3)),
-        ([0, 0, 1, 1, 2, 2], 1, (3, 2)),
-        ([0, 0, 0, 0, 1, 1, 1, 1], 2, (2, 2)),
     ],
-)
-def test_sums(nodes: Sequence[int], shard_size: int, expected: tuple[int, int] | None) -> None:
-    ranks = on_ranks(len(nodes), sums_in_levels, nodes, shard_size)
-    groups = len(nodes) // shard_size
-    for rank, found in enumerate(ranks):
-        assert found["levels"] == expected
-        peers = range(rank % shard_size, len(nodes), shard_size)
-        for dtype in (torch.int64, torch.float64, torch.float32):
-            for n in LENGTHS:
-                total, link_bytes, called = found[f"{dtype} {n}"]
-                check_sum(total, peers, n, dtype)
-                assert np.array_equal(total, ranks[peers[0]][f"{dtype} {n}"][0])
-                assert link_bytes == 2 * (groups - 1) * n * dtype.itemsize
-                assert called == (FLAT if expected is None else TWO_LEVELS)
+    [([0, 0, 0, 1, 1, 1], 1, (2, 3)), ([0, 0, 1, 1, 2, 2], 1, (3, 2))],
+    [([0, 0, 0, 0, 1, 1, 1, 1], 2, (2, 2))],
+]
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS, ids=["4 ranks", "6 ranks", "8 ranks"])
+def test_sums(layouts: list[Layout]) -> None:
+    world = len(layouts[0][0])
+    ranks = on_ranks(world, sums_in_levels, [(nodes, shard_size) for nodes, shard_size, _ in layouts])
+    for i, (_, shard_size, expected) in enumerate(layouts):
+        for rank in range(world):
+            found = ranks[rank][i]
+            assert found["levels"] == expected
+            peers = range(rank % shard_size, world, shard_size)
+            for dtype in (torch.int64, torch.float64, torch.float32):
+                for n in LENGTHS:
+                    total, link_bytes, called = found[f"{dtype} {n}"]
+                    check_sum(total, peers, n, dtype)
+                    assert np.array_equal(total, ranks[peers[0]][i][f"{dtype} {n}"][0])
+                    assert link_bytes == 2 * (world // shard_size - 1) * n * dtype.itemsize
+                    assert called == (FLAT if expected is None else TWO_LEVELS)
 
 
 def check_sum(total: np.ndarray, peers: Sequence[int], n: int, dtype: torch.dtype) -> None:
@@ -88,21 +93,18 @@ def test_fast_rounds_agree_but_for_rounding(name: str, rounds: dict[str, dict[An
     assert link_bytes == rounds["flat"][name, "fast"][2]
 
 
-@pytest.mark.parametrize(
-    ("nodes", "shard_size", "said"),
-    [
-        (
-            [0, 0, 0, 1],
-            1,
-            r"needs as many ranks on every node, found ranks 3 on .+ \(node 0\), 1 on .+ \(node 1\); start",
-        ),
-        ([0, 0, 1, 2], 1, r"found ranks 2 on .+ \(node 0\), 1 on .+ \(node 1\), 1 on .+ \(node 2\); start"),
-        ([0, 1, 0, 2], 2, r"needs as many ranks of each of the 2 shards on every node"),
-    ],
-)
-def test_uneven_nodes_are_refused_by_all(nodes: Sequence[int], shard_size: int, said: str) -> None:
-    (told,) = set(on_ranks(4, refused_levels, nodes, shard_size))
-    assert re.match(f"all_reduce: hierarchical .*{said}", told), told
+REFUSED = [
+    ([0, 0, 0, 1], 1, r"as many ranks on every node, found ranks 3 on .+ \(node 0\), 1 on .+ \(node 1\); start"),
+    ([0, 0, 1, 2], 1, r"found ranks 2 on .+ \(node 0\), 1 on .+ \(node 1\), 1 on .+ \(node 2\); start"),
+    ([0, 1, 0, 2], 2, r"as many ranks of each of the 2 shards on every node"),
+]
+
+
+def test_uneven_nodes_are_refused_by_all() -> None:
+    one, *others = on_ranks(4, refused_levels, [(nodes, shard_size) for nodes, shard_size, _ in REFUSED])
+    assert others == [one] * 3
+    for (_, _, expected), said in zip(REFUSED, one, strict=True):
+        assert re.match(f"all_reduce: hierarchical .*{expected}", said), said
 
 
 @pytest.mark.parametrize(("n_nodes", "per_node", "shard_size"), [(3, 4, 1), (3, 4, 2), (2, 6, 3), (4, 2, 4), (1, 4, 2)])

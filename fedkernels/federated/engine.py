@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..contract import Algorithm, Batch, Round, Vectors
+from ..contract import Algorithm, Round, Vectors
 from ..data.partition import Partition
 from ..formats import format_epsilon
 from ..kernels.dispatch import Kernels
@@ -27,12 +27,14 @@ from .behind import Behind, spare_core
 from .closing import Closing, RoundClosedError
 from .codecs import Encoder, with_codec
 from .collectives import Collectives
-from .evaluators import BoundModule, Choice, Evaluator, choose, make_evaluator
+from .evaluators import BoundModule, Choice, Evaluator, make_evaluator
 from .intake import DROPPED, LATE, N_SLOTS, STOP, Intake, Upload
 from .objective import Objective
 from .parallel import DataParallel, ShardedLoop, ShardedModule, check_shardable, cut_of, shard
-from .schedule import assign_blocks, learning_rate, place, sample_cohort
+from .placement import Placement
+from .schedule import assign_blocks, learning_rate, sample_cohort
 from .settings import EngineSettings
+from .settling import settle
 from .sharding import WHOLE, ShardedLayout
 from .store import ClientStore
 from .task import LocalTask
@@ -121,7 +123,6 @@ class Engine:
         self.stop_agreed = False  # by all ranks, with the last round
         self.dropped: list[str] = []
         self.late: list[int] = []
-        self.owners: dict[int, int] = {}
         self.store = ClientStore(
             (*algorithm.keep, *encoder.residuals.values()),
             self.layout.d,
@@ -129,6 +130,7 @@ class Engine:
             directory / f"rank{self.collectives.process_rank}",
             settings.store_memory_bytes,
         )
+        self.placement = Placement(self.store, self.collectives, measured=settings.placement == "measured")
         self.kernels = Kernels(settings.kernels)
         exact = {"exact_add": EXACT_RULES} if settings.reduction == "exact" else {}
         self.kernels.check(x.device.type, x.dtype, self.layout.d, exact)
@@ -137,7 +139,6 @@ class Engine:
             self._bound = shard(objective, self.layout, settings.sharding, self.collectives, settings.deepspeed)
         else:
             self._bound = BoundModule(objective, self.layout)
-        self._speeds = [1.0] * self.collectives.world_size
         self._gradients = x.new_empty(0, self.layout.d)
         self._sliced = any(wire.only_block for wire in self.wires.values())
         self._aggregator = Aggregator(
@@ -237,27 +238,10 @@ class Engine:
             return make_evaluator(choice, self.objective, self.layout, bound, self.settings.microbatch_size)
 
         if choice is None:
-            most = -(-self.settings.cohort // self.collectives.world_size)
-            largest = np.argsort(-self.sizes[: 4 * most], kind="stable")[:most]
-
-            def sample(clients: int) -> Batch:
-                return next(iter(self.batches.draw(largest[:clients].tolist(), 0)))
-
-            mine: Choice | ValueError | None = None
-            if self.collectives.leader:
-                evaluator, per_batch = self.settings.evaluator, self.settings.clients_per_batch
-                try:
-                    mine = choose(evaluator, per_batch, most, self.server.x, sample, make)
-                except ValueError as error:
-                    mine = error
             secret = None if self.mechanism is None else self.mechanism.seed
-            decided, secret = self.collectives.gather((mine, secret))[0]
+            choice, secret = settle(self.settings, self.server.x, self.batches, make, self.collectives, secret)
             if self.mechanism is not None and secret is not None:
                 self.mechanism.seed = secret
-            if isinstance(decided, ValueError):
-                raise decided
-            choice = decided
-        assert choice is not None
         self.choice, self._evaluator = choice, make(choice)
         if self.collectives.group.size > 1:
             self._evaluator = DataParallel(self._evaluator, self.collectives.group)
@@ -290,9 +274,9 @@ class Engine:
         private = self.mechanism is not None
         nominal = self.nominal_round(len(ids), lr)
         costs = self.batches.steps(ids).astype(float).tolist()
-        placed = place(ids, costs, self.owners, self._speeds)
+        placed = self.placement.place(ids, costs)
         self.collectives.at(self.round + 1, "move")
-        self._move(ids, placed)
+        self.placement.move(ids, placed, self.objective.device)
 
         aggregator = self._aggregator
         aggregator.reset(len(ids))
@@ -359,7 +343,7 @@ class Engine:
             if rank == 0:
                 metrics |= {"epsilon": self.accountant.epsilon(), "epsilon_rdp": self.accountant.epsilon(method="rdp")}
                 metrics |= aggregator.diagnostics(int(clients))
-        self._note_speeds(per_rank[:world], per_rank[world:])
+        self.placement.note(per_rank[:world], per_rank[world:])
         self.round += 1
         reported = [block for position, block in enumerate(blocks) if position not in late]
         up_bytes, down_bytes = protocol_bytes(
@@ -484,35 +468,6 @@ class Engine:
             raise RuntimeError(f"{type(self.algorithm).__name__}.server returned {unknown}, which init did not declare")
         self.server.update(new)
         return metrics
-
-    def _move(self, ids: Sequence[int], placed: Sequence[Sequence[int]]) -> None:
-        """Bring kept state to the ranks that train its clients this round."""
-        if not self.store.names:
-            return
-        rank = self.collectives.rank
-        moves, moving = [], []
-        for target, positions in enumerate(placed):
-            for position in positions:
-                source = self.owners.get(ids[position])
-                if source is not None and source != target:
-                    moves.append((source, target))
-                    moving.append(ids[position])
-                self.owners[ids[position]] = target
-        device = self.objective.device
-        outgoing = [self.store.row(i).to(device) for i, move in zip(moving, moves, strict=True) if move[0] == rank]
-        incoming = [self.server.x.new_empty(self.store.width) for move in moves if move[1] == rank]
-        self.collectives.exchange(moves, self.store.width * self.server.x.element_size(), outgoing, incoming)
-        arrived = iter(incoming)
-        for client, (source, target) in zip(moving, moves, strict=True):
-            if source == rank:
-                self.store.drop(client)
-            elif target == rank:
-                self.store.put_row(client, next(arrived))
-
-    def _note_speeds(self, busy_s: Sequence[float], work: Sequence[float]) -> None:
-        if self.settings.placement == "measured" and all(s > 0 and w > 0 for s, w in zip(busy_s, work, strict=True)):
-            measured = [w / s for s, w in zip(busy_s, work, strict=True)]
-            self._speeds = [m if self.round == 0 else (v + m) / 2 for v, m in zip(self._speeds, measured, strict=True)]
 
     def _of_all_shards(self, link_bytes: int) -> int:
         counted = torch.tensor(float(link_bytes), dtype=torch.float64, device=self.objective.device)

@@ -35,6 +35,7 @@ FREE_KEYS = {
     "keep_checkpoints",
     "store_memory_bytes",
     "timeout_s",
+    "overlap",
     "on_nonfinite",
     "sharding",
     "shard_size",

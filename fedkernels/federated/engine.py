@@ -123,6 +123,7 @@ class Engine:
         self.stop_agreed = False  # by all ranks, with the last round
         self.dropped: list[str] = []
         self.late: list[int] = []
+        self._worked = 0  # local steps begun in this round by clients of this rank
         self.store = ClientStore(
             (*algorithm.keep, *encoder.residuals.values()),
             self.layout.d,
@@ -280,26 +281,12 @@ class Engine:
 
         aggregator = self._aggregator
         aggregator.reset(len(ids))
-        down = self.down()
         self._closing.open(self.round)
         self.collectives.at(self.round + 1, "train")
         busy_start = time.perf_counter()
         # Where some may be late, those with least work come first.
         mine = placed[rank] if settings.drop_slowest is None else placed[rank][::-1]
-        late: list[int] = []
-        self._worked = 0.0
-        on_thread = self._overlaps and len(mine) > choice.clients_per_batch
-        with Behind[list[str]](self.objective.device, on=on_thread) as behind:
-            for first in range(0, len(mine), choice.clients_per_batch):
-                positions = mine[first : first + choice.clients_per_batch]
-                try:
-                    upload = self._train(positions, ids, blocks, down, nominal)
-                except RoundClosedError:
-                    late += positions
-                else:
-                    behind(partial(self._intake.take, upload, self.round))
-        self._intake.missed([ids[p] for p in late])
-        bad = [line for lines in behind.results for line in lines]
+        bad, late = self._train_and_take(mine, ids, blocks, nominal, choice.clients_per_batch)
         if self.objective.device.type == "cuda":
             torch.cuda.synchronize(self.objective.device)
         slots = aggregator.slots
@@ -328,11 +315,9 @@ class Engine:
         if dropped and settings.on_nonfinite == "error":
             raise NonFiniteUpdateError("; ".join(self.dropped))
         self.stop_agreed = stop > 0
-        metrics: dict[str, float | None] = {}
+        metrics: dict[str, float | None] = {} if settings.drop_slowest is None else {"late": len(late)}
         self.collectives.at(self.round + 1, "server")
         # Under privacy an empty cohort is a round like any other: to skip it would tell that it was empty.
-        if settings.drop_slowest is not None:
-            metrics["late"] = len(late)
         if clients or private:
             done = nominal
             if not private:
@@ -393,6 +378,34 @@ class Engine:
     def down(self) -> Vectors:
         """What of the server state clients receive."""
         return Vectors({name: self.server[name] for name in self.algorithm.down}, what="the down wires", read_only=True)
+
+    def _train_and_take(
+        self,
+        mine: Sequence[int],
+        cohort: Sequence[int],
+        blocks: Sequence[int | None],
+        nominal: Round,
+        together: int,
+    ) -> tuple[list[str], list[int]]:
+        """Train this rank's positions of the cohort and take in what their clients send.
+
+        Returns:
+            A line for each client that sent NaN or infinity, and the positions of those that were late.
+        """
+        down, late = self.down(), []
+        self._worked = 0
+        on_thread = self._overlaps and len(mine) > together
+        with Behind[list[str]](self.objective.device, on=on_thread) as behind:
+            for first in range(0, len(mine), together):
+                positions = mine[first : first + together]
+                try:
+                    upload = self._train(positions, cohort, blocks, down, nominal)
+                except RoundClosedError:
+                    late += positions
+                else:
+                    behind(partial(self._intake.take, upload, self.round))
+        self._intake.missed([cohort[p] for p in late])
+        return [line for lines in behind.results for line in lines], late
 
     def _train(
         self,

@@ -392,7 +392,8 @@ class Engine:
         Returns:
             A line for each client that sent NaN or infinity, and the positions of those that were late.
         """
-        down, late = self.down(), []
+        down = self.down()
+        late: list[int] = []
         self._worked = 0
         on_thread = self._overlaps and len(mine) > together
         with Behind[list[str]](self.objective.device, on=on_thread) as behind:

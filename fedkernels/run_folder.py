@@ -36,6 +36,7 @@ FREE_KEYS = {
     "store_memory_bytes",
     "timeout_s",
     "all_reduce",
+    "overlap",
     "on_nonfinite",
     "sharding",
     "shard_size",

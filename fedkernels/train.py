@@ -198,7 +198,7 @@ class _Log:
     """
 
     def __init__(self, config: Config, engine: Engine, rounds: int, notes: list[str]) -> None:
-        self._engine = engine
+        self._engine, self._config = engine, config
         self._writer = MetricsWriter(config.run_dir)
         self._writer.truncate_after(engine.round)
         self._failure: OSError | None = None
@@ -215,6 +215,9 @@ class _Log:
         self.progress.update(row)
         for line in self._engine.dropped:
             self.progress.note(f"{line}: left out")
+        if self._config.drop_slowest is not None and row["cohort"] < self._config.cohort:
+            late = ", ".join(map(str, self._engine.late))
+            self.progress.note(f"round {row['round']} closed at its deadline without clients {late}")
 
     def check(self) -> None:
         if self._failure is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from fedkernels.algorithms import DpFedAvg, FedAvg
 from fedkernels.config import load
 from fedkernels.contract import Task, Vectors
 from fedkernels.federated.aggregate import Aggregator, ExactSumError
+from fedkernels.federated.closing import DropSlowest
 from fedkernels.federated.collectives import Collectives
+from fedkernels.federated.schedule import place
 from fedkernels.privacy.mechanism import Privacy
 from fedkernels.train import build
 from fedkernels.wire import Wire
@@ -56,6 +59,36 @@ def each_collective(collectives: Collectives) -> dict[str, Any]:
 
     done("gather", collectives.gather({"rank": rank}))
     return out
+
+
+def closing_on_ranks(everyone: Collectives, shard_size: int, policy: dict[str, float], slow_s: float) -> dict[str, Any]:
+    """A round that may close early, of which the last rank sleeps some seconds."""
+    collectives = Collectives(shard_size=shard_size)
+    at = collectives.at
+
+    def slow_at(round: int, stage: str) -> None:
+        at(round, stage)
+        if stage == "train" and everyone.rank == everyone.world_size - 1:
+            time.sleep(slow_s)
+
+    collectives.at = slow_at  # type: ignore[method-assign]
+    engine = tiny_engine(
+        FedAvg(),
+        collectives=collectives,
+        cohort=6,
+        drop_slowest=DropSlowest(**policy),
+        sharding="ddp" if shard_size > 1 else "none",
+    )
+    ids, _ = engine.draw_cohort()
+    costs = engine.batches.steps(ids).astype(float).tolist()
+    placed = place(ids, costs, {}, [1.0] * collectives.world_size)
+    row = engine.run_round()
+    return {
+        "x": engine.server.x.numpy().copy(),
+        "late": sorted(engine.late),
+        "cohort": row["cohort"],
+        "placed": [[ids[p] for p in positions] for positions in placed],
+    }
 
 
 def block_plan() -> tuple[list[slice], list[list[int]]]:

@@ -20,7 +20,8 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_default_store
 
 from ..faults import Faults
 from .attempt import meet
@@ -91,6 +92,7 @@ class Collectives:
                 self.hierarchy = Hierarchy(inside, across, self.process_rank, timeout, self._guard)
         self.link_bytes = 0
         self.watch, self.faults = watch, faults
+        self._counts: Any = PrefixStore("counts", _get_default_store() if self.processes > 1 else HashStore())
 
     def __enter__(self) -> Self:
         return self
@@ -213,6 +215,19 @@ class Collectives:
             if other is not None:
                 raise other
         return outcome
+
+    def count(self, what: str, more: int) -> int:
+        """Add to a number that all ranks share, without waiting for any of them; returns what it is now.
+
+        Raises:
+            LostRankError: the store of the job cannot be reached.
+        """
+        with self._guard.named(by_all=False):
+            return int(self._counts.add(what, more))
+
+    def forget(self, what: str) -> None:
+        """Drop a shared number."""
+        self._counts.delete_key(what)
 
     def gather(self, value: Any) -> list[Any]:
         """A small picklable value of every rank of every group, in rank order; for agreement, never for payloads."""

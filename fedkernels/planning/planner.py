@@ -21,8 +21,9 @@ from ..data.datasets import Dataset
 from ..data.partition import Partition
 from ..federated.aggregate import protocol_bytes
 from ..federated.collectives import Collectives
-from ..federated.engine import N_SLOTS, Engine
+from ..federated.engine import Engine
 from ..federated.evaluators import Choice
+from ..federated.intake import N_SLOTS
 from ..federated.schedule import place
 from ..train import build
 from .memory import TensorPeak

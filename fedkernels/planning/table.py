@@ -49,6 +49,8 @@ def plan(
         raise ConfigError(
             f"ranks: {ranks}, expected a multiple of ranks_per_node: {per_node} with all_reduce: hierarchical"
         )
+    if config.drop_slowest is not None:
+        raise ConfigError("drop_slowest: a plan is of rounds that wait for all clients; expected null")
     earlier = None if measured is None else _read_costs(measured)
     data, notes = _data(config)
     planner = Planner(config, data)

@@ -34,6 +34,7 @@ from .federated.behind import Overlap
 from .federated.closing import DropSlowest
 from .federated.codecs import CODECS
 from .federated.evaluators import EvaluatorName
+from .federated.hierarchy import AllReduce
 from .federated.objective import Precision
 from .federated.parallel import DeepSpeedSettings, Sharding
 from .federated.schedule import LrSchedule
@@ -115,6 +116,8 @@ class Config:
         overlap: take in what clients send while the next ones train; auto where the node has a core to spare.
         reduce_dtype: of sums over clients; float64 hides rank count and order, float32 halves link bytes.
         reduction: exact sums over clients are the same bits on any number of ranks, at twice the link bytes of float64.
+        all_reduce: hierarchical sums over the ranks of every node, then across nodes, where gloo's flat one is a ring
+            over all ranks; NCCL does so by itself. The nodes must have as many ranks each.
         on_nonfinite: what a client that sends NaN or infinity does to the run.
         kernels: what optimizer steps and the other ops run on; auto takes the fastest backend that can run each.
         device: where clients train.
@@ -158,6 +161,7 @@ class Config:
     overlap: Overlap = "auto"
     reduce_dtype: Literal["float64", "float32"] = "float64"
     reduction: Literal["exact", "fast"] = "fast"
+    all_reduce: AllReduce = "flat"
     on_nonfinite: Literal["error", "drop_client"] = "error"
     kernels: KernelsName = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..contract import Algorithm, Batch, Round, Vectors
+from ..contract import Algorithm, Round, Vectors
 from ..data.partition import Partition
 from ..formats import format_epsilon
 from ..kernels.dispatch import Kernels
@@ -27,12 +27,14 @@ from .behind import Behind, spare_core
 from .closing import Closing, RoundClosedError
 from .codecs import Encoder, with_codec
 from .collectives import Collectives
-from .evaluators import BoundModule, Choice, Evaluator, choose, make_evaluator
+from .evaluators import BoundModule, Choice, Evaluator, make_evaluator
 from .intake import DROPPED, LATE, N_SLOTS, STOP, Intake, Upload
 from .objective import Objective
 from .parallel import DataParallel, ShardedLoop, ShardedModule, check_shardable, cut_of, shard
-from .schedule import assign_blocks, learning_rate, place, sample_cohort
+from .placement import Placement
+from .schedule import assign_blocks, learning_rate, sample_cohort
 from .settings import EngineSettings
+from .settling import settle
 from .sharding import WHOLE, ShardedLayout
 from .store import ClientStore
 from .task import LocalTask
@@ -121,7 +123,7 @@ class Engine:
         self.stop_agreed = False  # by all ranks, with the last round
         self.dropped: list[str] = []
         self.late: list[int] = []
-        self.owners: dict[int, int] = {}
+        self._worked = 0  # local steps begun in this round by clients of this rank
         self.store = ClientStore(
             (*algorithm.keep, *encoder.residuals.values()),
             self.layout.d,
@@ -129,6 +131,7 @@ class Engine:
             directory / f"rank{self.collectives.process_rank}",
             settings.store_memory_bytes,
         )
+        self.placement = Placement(self.store, self.collectives, measured=settings.placement == "measured")
         self.kernels = Kernels(settings.kernels)
         exact = {"exact_add": EXACT_RULES} if settings.reduction == "exact" else {}
         self.kernels.check(x.device.type, x.dtype, self.layout.d, exact)
@@ -137,7 +140,6 @@ class Engine:
             self._bound = shard(objective, self.layout, settings.sharding, self.collectives, settings.deepspeed)
         else:
             self._bound = BoundModule(objective, self.layout)
-        self._speeds = [1.0] * self.collectives.world_size
         self._gradients = x.new_empty(0, self.layout.d)
         self._sliced = any(wire.only_block for wire in self.wires.values())
         self._aggregator = Aggregator(
@@ -237,27 +239,10 @@ class Engine:
             return make_evaluator(choice, self.objective, self.layout, bound, self.settings.microbatch_size)
 
         if choice is None:
-            most = -(-self.settings.cohort // self.collectives.world_size)
-            largest = np.argsort(-self.sizes[: 4 * most], kind="stable")[:most]
-
-            def sample(clients: int) -> Batch:
-                return next(iter(self.batches.draw(largest[:clients].tolist(), 0)))
-
-            mine: Choice | ValueError | None = None
-            if self.collectives.leader:
-                evaluator, per_batch = self.settings.evaluator, self.settings.clients_per_batch
-                try:
-                    mine = choose(evaluator, per_batch, most, self.server.x, sample, make)
-                except ValueError as error:
-                    mine = error
             secret = None if self.mechanism is None else self.mechanism.seed
-            decided, secret = self.collectives.gather((mine, secret))[0]
+            choice, secret = settle(self.settings, self.server.x, self.batches, make, self.collectives, secret)
             if self.mechanism is not None and secret is not None:
                 self.mechanism.seed = secret
-            if isinstance(decided, ValueError):
-                raise decided
-            choice = decided
-        assert choice is not None
         self.choice, self._evaluator = choice, make(choice)
         if self.collectives.group.size > 1:
             self._evaluator = DataParallel(self._evaluator, self.collectives.group)
@@ -290,32 +275,18 @@ class Engine:
         private = self.mechanism is not None
         nominal = self.nominal_round(len(ids), lr)
         costs = self.batches.steps(ids).astype(float).tolist()
-        placed = place(ids, costs, self.owners, self._speeds)
+        placed = self.placement.place(ids, costs)
         self.collectives.at(self.round + 1, "move")
-        self._move(ids, placed)
+        self.placement.move(ids, placed, self.objective.device)
 
         aggregator = self._aggregator
         aggregator.reset(len(ids))
-        down = self.down()
         self._closing.open(self.round)
         self.collectives.at(self.round + 1, "train")
         busy_start = time.perf_counter()
         # Where some may be late, those with least work come first.
         mine = placed[rank] if settings.drop_slowest is None else placed[rank][::-1]
-        late: list[int] = []
-        self._worked = 0.0
-        on_thread = self._overlaps and len(mine) > choice.clients_per_batch
-        with Behind[list[str]](self.objective.device, on=on_thread) as behind:
-            for first in range(0, len(mine), choice.clients_per_batch):
-                positions = mine[first : first + choice.clients_per_batch]
-                try:
-                    upload = self._train(positions, ids, blocks, down, nominal)
-                except RoundClosedError:
-                    late += positions
-                else:
-                    behind(partial(self._intake.take, upload, self.round))
-        self._intake.missed([ids[p] for p in late])
-        bad = [line for lines in behind.results for line in lines]
+        bad, late = self._train_and_take(mine, ids, blocks, nominal, choice.clients_per_batch)
         if self.objective.device.type == "cuda":
             torch.cuda.synchronize(self.objective.device)
         slots = aggregator.slots
@@ -344,11 +315,9 @@ class Engine:
         if dropped and settings.on_nonfinite == "error":
             raise NonFiniteUpdateError("; ".join(self.dropped))
         self.stop_agreed = stop > 0
-        metrics: dict[str, float | None] = {}
+        metrics: dict[str, float | None] = {} if settings.drop_slowest is None else {"late": len(late)}
         self.collectives.at(self.round + 1, "server")
         # Under privacy an empty cohort is a round like any other: to skip it would tell that it was empty.
-        if settings.drop_slowest is not None:
-            metrics["late"] = len(late)
         if clients or private:
             done = nominal
             if not private:
@@ -359,7 +328,7 @@ class Engine:
             if rank == 0:
                 metrics |= {"epsilon": self.accountant.epsilon(), "epsilon_rdp": self.accountant.epsilon(method="rdp")}
                 metrics |= aggregator.diagnostics(int(clients))
-        self._note_speeds(per_rank[:world], per_rank[world:])
+        self.placement.note(per_rank[:world], per_rank[world:])
         self.round += 1
         reported = [block for position, block in enumerate(blocks) if position not in late]
         up_bytes, down_bytes = protocol_bytes(
@@ -409,6 +378,35 @@ class Engine:
     def down(self) -> Vectors:
         """What of the server state clients receive."""
         return Vectors({name: self.server[name] for name in self.algorithm.down}, what="the down wires", read_only=True)
+
+    def _train_and_take(
+        self,
+        mine: Sequence[int],
+        cohort: Sequence[int],
+        blocks: Sequence[int | None],
+        nominal: Round,
+        together: int,
+    ) -> tuple[list[str], list[int]]:
+        """Train this rank's positions of the cohort and take in what their clients send.
+
+        Returns:
+            A line for each client that sent NaN or infinity, and the positions of those that were late.
+        """
+        down = self.down()
+        late: list[int] = []
+        self._worked = 0
+        on_thread = self._overlaps and len(mine) > together
+        with Behind[list[str]](self.objective.device, on=on_thread) as behind:
+            for first in range(0, len(mine), together):
+                positions = mine[first : first + together]
+                try:
+                    upload = self._train(positions, cohort, blocks, down, nominal)
+                except RoundClosedError:
+                    late += positions
+                else:
+                    behind(partial(self._intake.take, upload, self.round))
+        self._intake.missed([cohort[p] for p in late])
+        return [line for lines in behind.results for line in lines], late
 
     def _train(
         self,
@@ -484,35 +482,6 @@ class Engine:
             raise RuntimeError(f"{type(self.algorithm).__name__}.server returned {unknown}, which init did not declare")
         self.server.update(new)
         return metrics
-
-    def _move(self, ids: Sequence[int], placed: Sequence[Sequence[int]]) -> None:
-        """Bring kept state to the ranks that train its clients this round."""
-        if not self.store.names:
-            return
-        rank = self.collectives.rank
-        moves, moving = [], []
-        for target, positions in enumerate(placed):
-            for position in positions:
-                source = self.owners.get(ids[position])
-                if source is not None and source != target:
-                    moves.append((source, target))
-                    moving.append(ids[position])
-                self.owners[ids[position]] = target
-        device = self.objective.device
-        outgoing = [self.store.row(i).to(device) for i, move in zip(moving, moves, strict=True) if move[0] == rank]
-        incoming = [self.server.x.new_empty(self.store.width) for move in moves if move[1] == rank]
-        self.collectives.exchange(moves, self.store.width * self.server.x.element_size(), outgoing, incoming)
-        arrived = iter(incoming)
-        for client, (source, target) in zip(moving, moves, strict=True):
-            if source == rank:
-                self.store.drop(client)
-            elif target == rank:
-                self.store.put_row(client, next(arrived))
-
-    def _note_speeds(self, busy_s: Sequence[float], work: Sequence[float]) -> None:
-        if self.settings.placement == "measured" and all(s > 0 and w > 0 for s, w in zip(busy_s, work, strict=True)):
-            measured = [w / s for s, w in zip(busy_s, work, strict=True)]
-            self._speeds = [m if self.round == 0 else (v + m) / 2 for v, m in zip(self._speeds, measured, strict=True)]
 
     def _of_all_shards(self, link_bytes: int) -> int:
         counted = torch.tensor(float(link_bytes), dtype=torch.float64, device=self.objective.device)

@@ -28,7 +28,9 @@ if MISSING["cpp"] is None:
 
 
 def row_norm(g: Tensor, *, backend: str | None = None) -> Tensor:
-    """`‖g_c‖₂` of every row, `[C]`, summed in float64 in an order that depends on `d` alone: 4 bytes per element.
+    """`‖g_c‖₂` of every row, `[C]`: 4 bytes per element.
+
+    Summed in float64; in Triton and C++ in an order that depends on `d` alone.
 
     Args:
         g: `[C, d]` or `[d]`, float32 or bfloat16, which give float32 norms; float64 without Triton.

@@ -41,7 +41,7 @@ def muon_step(
         y: parameters `[C, count, rows, cols]`, float32; float64 without Triton. Usually a view of rows `[C, d]`:
             clients and matrices may be any distance apart, and each matrix is row-major without gaps.
         M: momentum, of that shape, with strides of its own.
-        g: gradients, likewise.
+        g: gradients, likewise, in the dtype of `y`.
         lr: η on the device, one value or `[C]`.
         momentum: β.
         weight_decay: λ, decoupled.

@@ -249,7 +249,9 @@ def accumulate(sums: Tensor, rows: Tensor, weights: Tensor, *, backend: str | No
 
 
 def square_sums(rows: Tensor, *, backend: str | None = None) -> Tensor:
-    """`Σ r²` of every row, `[C]` float64, in an order that depends on `d` alone; not finite where a row is not.
+    """`Σ r²` of every row, `[C]` float64; not finite where a row is not.
+
+    In Triton and C++ in an order that depends on `d` alone.
 
     Args:
         rows: `[C, d]`, float32; float64 without Triton. Rows may be strided.

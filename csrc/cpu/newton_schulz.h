@@ -25,7 +25,11 @@ class NewtonSchulz {
   // Some steps at once: products of the short side, and at their end one with X.
   void advance(const std::array<double, 3>* steps, size_t count, const Parallel& parallel);
 
-  int64_t rows_, cols_, n_, m_, n_stride_, m_stride_;  // n is the short side
+  void multiply(const Product<T>& product, const Parallel& parallel);
+
+  const Engine<T>& engine_;
+  // n is the short side; heights and widths are what the engine multiplies, with zeros behind n and m.
+  int64_t rows_, cols_, n_, m_, height_, width_, n_stride_, m_stride_;
   std::vector<T> memory_;
   T *x_, *next_x_, *r_, *p_, *q_, *z_;
 };

@@ -117,22 +117,22 @@ bool has_avx512() {
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 Engine<float> fastest(float) {
-  if (has_avx512()) return {32, avx512f32_panel};
-  if (has_avx2()) return {24, avx2f32_panel};
-  return {8, plain_panel<float>};
+  if (has_avx512()) return {32, 1, avx512f32_panel, nullptr, nullptr};
+  if (has_avx2()) return {24, 1, avx2f32_panel, nullptr, nullptr};
+  return {8, 1, plain_panel<float>, nullptr, nullptr};
 }
 
 Engine<double> fastest(double) {
-  if (has_avx512()) return {16, avx512f64_panel};
-  if (has_avx2()) return {12, avx2f64_panel};
-  return {8, plain_panel<double>};
+  if (has_avx512()) return {16, 1, avx512f64_panel, nullptr, nullptr};
+  if (has_avx2()) return {12, 1, avx2f64_panel, nullptr, nullptr};
+  return {8, 1, plain_panel<double>, nullptr, nullptr};
 }
 
 #else
 
 template <class T>
 Engine<T> fastest(T) {
-  return {8, plain_panel<T>};
+  return {8, 1, plain_panel<T>, nullptr, nullptr};
 }
 
 #endif

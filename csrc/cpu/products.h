@@ -24,12 +24,19 @@ struct Product {
 // every element is one chain of additions over the depth, whoever computes it.
 template <class T>
 struct Engine {
-  int64_t cols;
+  int64_t cols, block;  // sides of what it multiplies are multiples of `block`
   void (*panel)(const Product<T>&, int64_t first_col, T* packed);  // `packed` holds `cols · depth` elements
+  // Null where matrices are what they seem. Else they change a row, of a multiple of `block` elements, into what the
+  // engine multiplies, and back.
+  void (*enter)(int64_t size, T* row);
+  void (*leave)(int64_t size, T* row);
 };
 
 // The fastest that the processor can run. All that have fused multiply-adds give the same bits.
 template <class T>
 const Engine<T>& engine();
+
+// Tiles of bfloat16 in two parts, if FEDKERNELS_AMX asks for them; null if not.
+const Engine<float>* tile_engine();
 
 }  // namespace fedkernels

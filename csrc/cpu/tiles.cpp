@@ -1,0 +1,262 @@
+// Products by AMX: tiles of 16 × 32 bfloat16 times 32 × 16, added to 16 × 16 float32.
+//
+// A matrix is split: `x = high + low`, both bfloat16, which keeps 16 bits of its 24. A product is three of bfloat16,
+// `low · high + high · high + high · low`; what is left out is 2⁻¹⁶ of the largest. 32 neighbouring elements of a row are
+// 64 bytes of high parts and then 64 of low ones, in the place of the 128 bytes of float32 that they were.
+#include "products.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "transpose.h"
+
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 12)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define FEDKERNELS_AMX 1
+#endif
+
+namespace fedkernels {
+namespace {
+
+constexpr int64_t kSide = 32, kLanes = 16;  // of a block of four tiles; of a vector
+constexpr uint32_t kHigh = 0xffff0000;
+typedef uint32_t Words __attribute__((vector_size(64), may_alias));
+typedef float Floats __attribute__((vector_size(64), may_alias));
+
+// Line `k` of a row: words of two high parts each, and behind them those of low parts.
+INLINE uint32_t* line(float* matrix, int64_t stride, int64_t row, int64_t k) {
+  return reinterpret_cast<uint32_t*>(matrix + row * stride + k);
+}
+INLINE const uint32_t* line(const float* matrix, int64_t stride, int64_t row, int64_t k) {
+  return reinterpret_cast<const uint32_t*>(matrix + row * stride + k);
+}
+INLINE Words& vector(uint32_t* words) { return *reinterpret_cast<Words*>(words); }
+INLINE const Words& vector(const uint32_t* words) { return *reinterpret_cast<const Words*>(words); }
+
+// A line of the even and of the odd elements; the nearest bfloat16 of each and the nearest of what that leaves.
+INLINE void split(const Floats& even, const Floats& odd, uint32_t* to) {
+  const Words high_even = ((Words)even + 0x8000) & kHigh, high_odd = ((Words)odd + 0x8000) & kHigh;
+  const Words low_even = (Words)(even - (Floats)high_even) + 0x8000, low_odd = (Words)(odd - (Floats)high_odd) + 0x8000;
+  vector(to) = (high_even >> 16) | high_odd;
+  vector(to + kLanes) = (low_even >> 16) | (low_odd & kHigh);
+}
+
+INLINE void joined(const uint32_t* from, Floats& even, Floats& odd) {
+  const Words high = vector(from), low = vector(from + kLanes);
+  even = (Floats)(high << 16) + (Floats)(low << 16);
+  odd = (Floats)(high & kHigh) + (Floats)(low & kHigh);
+}
+
+// Of two rows of words the lower and the upper halves: pairs of even columns, and of odd ones.
+INLINE void pair(const Words& first, const Words& second, uint32_t* even, uint32_t* odd) {
+  vector(even) = (first & 0xffff) | (second << 16);
+  vector(odd) = (first >> 16) | (second & kHigh);
+}
+
+INLINE void run_enter(int64_t size, float* row) {
+  for (int64_t k = 0; k < size; k += kSide) {
+    Floats even, odd;
+    for (int64_t i = 0; i < kLanes; ++i) even[i] = row[k + 2 * i], odd[i] = row[k + 2 * i + 1];
+    split(even, odd, reinterpret_cast<uint32_t*>(row + k));
+  }
+}
+
+INLINE void run_leave(int64_t size, float* row) {
+  for (int64_t k = 0; k < size; k += kSide) {
+    Floats even, odd;
+    joined(reinterpret_cast<uint32_t*>(row + k), even, odd);
+    for (int64_t i = 0; i < kLanes; ++i) row[k + 2 * i] = even[i], row[k + 2 * i + 1] = odd[i];
+  }
+}
+
+// Tiles of B for `kSide` columns: of every 32 rows four, those of high parts before those of low ones, of even columns
+// before odd ones. A row of a tile has two rows of B.
+INLINE void pack(const Product<float>& p, int64_t first, uint32_t* packed) {
+  constexpr int64_t kTileWords = kLanes * kLanes;
+  for (int64_t k = 0; k < p.depth; k += kSide)
+    for (int64_t part = 0; part < 2; ++part, packed += 2 * kTileWords) {
+      if (p.b_transposed) {
+        for (int64_t odd = 0; odd < 2; ++odd)
+          transpose(kLanes, kLanes, line(p.b, p.b_stride, first + odd, k) + part * kLanes, 2 * p.b_stride,
+                    packed + odd * kTileWords, kLanes);
+        continue;
+      }
+      for (int64_t r = 0; r < kLanes; ++r) {
+        const uint32_t* rows = line(p.b, p.b_stride, k + 2 * r, first) + part * kLanes;
+        pair(vector(rows), vector(rows + p.b_stride), packed + r * kLanes, packed + kTileWords + r * kLanes);
+      }
+    }
+}
+
+// `α sums + β D + γ I`, split, and where it lies above the diagonal its mirror.
+INLINE void finish(const Product<float>& p, int64_t i, int64_t first, const float* sums) {
+  for (int64_t r = 0; r < kSide; ++r) {
+    Floats even = p.alpha * *reinterpret_cast<const Floats*>(sums + r * kSide);
+    Floats odd = p.alpha * *reinterpret_cast<const Floats*>(sums + r * kSide + kLanes);
+    if (p.beta != 0) {
+      Floats d_even, d_odd;
+      joined(line(p.d, p.c_stride, i + r, first), d_even, d_odd);
+      even += p.beta * d_even;
+      odd += p.beta * d_odd;
+    }
+    if (p.gamma != 0 && i == first) (r % 2 == 0 ? even : odd)[r / 2] += p.gamma;
+    split(even, odd, line(p.c, p.c_stride, i + r, first));
+  }
+  if (!p.symmetric || i == first) return;
+  alignas(64) uint32_t pairs[2][kLanes * kLanes];
+  for (int64_t part = 0; part < 2; ++part) {
+    for (int64_t r = 0; r < kLanes; ++r) {
+      const uint32_t* rows = line(p.c, p.c_stride, i + 2 * r, first) + part * kLanes;
+      pair(vector(rows), vector(rows + p.c_stride), pairs[0] + r * kLanes, pairs[1] + r * kLanes);
+    }
+    for (int64_t odd = 0; odd < 2; ++odd)
+      transpose(kLanes, kLanes, pairs[odd], kLanes, line(p.c, p.c_stride, first + odd, i) + part * kLanes,
+                2 * p.c_stride);
+  }
+}
+
+// A unit has eight tiles of 16 rows of 64 bytes. Four are sums of a block, two are of A and two of B.
+template <class Unit>
+INLINE void run_panel(const Product<float>& p, int64_t first, float* packed) {
+  alignas(64) float sums[kSide * kSide];
+  const int64_t end = p.symmetric ? first + kSide : p.rows, a_bytes = p.a_stride * sizeof(float);
+  pack(p, first, reinterpret_cast<uint32_t*>(packed));
+  Unit unit;
+  for (int64_t i = 0; i < end; i += kSide) {
+    unit.template zero<0>(), unit.template zero<1>(), unit.template zero<2>(), unit.template zero<3>();
+    const char *a = reinterpret_cast<const char*>(p.a + i * p.a_stride), *b = reinterpret_cast<const char*>(packed);
+    for (int64_t k = 0; k < p.depth; k += kSide, a += 128, b += 4096) {
+      const char* below = a + kLanes * a_bytes;
+      unit.template load<4>(a, a_bytes), unit.template load<5>(below, a_bytes);
+      unit.template load<6>(b + 2048, 64), unit.template load<7>(b + 3072, 64);
+      unit.template dot<0, 4, 6>(), unit.template dot<1, 4, 7>(), unit.template dot<2, 5, 6>(), unit.template dot<3, 5, 7>();
+      unit.template load<6>(b, 64), unit.template load<7>(b + 1024, 64);
+      unit.template dot<0, 4, 6>(), unit.template dot<1, 4, 7>(), unit.template dot<2, 5, 6>(), unit.template dot<3, 5, 7>();
+      unit.template load<4>(a + 64, a_bytes), unit.template load<5>(below + 64, a_bytes);
+      unit.template dot<0, 4, 6>(), unit.template dot<1, 4, 7>(), unit.template dot<2, 5, 6>(), unit.template dot<3, 5, 7>();
+    }
+    unit.template store<0>(sums), unit.template store<1>(sums + kLanes);
+    unit.template store<2>(sums + kLanes * kSide), unit.template store<3>(sums + kLanes * kSide + kLanes);
+    finish(p, i, first, sums);
+  }
+}
+
+// What the instructions do, in the order of Intel's manual.
+struct Emulated {
+  float tiles[8][kLanes][kLanes];
+
+  template <int kTo>
+  void zero() {
+    std::memset(tiles[kTo], 0, sizeof tiles[kTo]);
+  }
+  template <int kTo>
+  void load(const char* from, int64_t stride) {
+    for (int64_t r = 0; r < kLanes; ++r) std::memcpy(tiles[kTo][r], from + r * stride, 64);
+  }
+  template <int kFrom>
+  void store(float* to) {
+    for (int64_t r = 0; r < kLanes; ++r) std::memcpy(to + r * kSide, tiles[kFrom][r], 64);
+  }
+  template <int kSum, int kLeft, int kRight>
+  void dot() {
+    const auto half = [](float word, bool odd) {
+      uint32_t bits;
+      std::memcpy(&bits, &word, sizeof bits);
+      bits = odd ? bits & kHigh : bits << 16;
+      std::memcpy(&word, &bits, sizeof bits);
+      return word;
+    };
+    for (int64_t i = 0; i < kLanes; ++i) {
+      float even[kLanes] = {}, odd[kLanes] = {};
+      for (int64_t k = 0; k < kLanes; ++k)
+        for (int64_t j = 0; j < kLanes; ++j) {
+          even[j] += half(tiles[kLeft][i][k], false) * half(tiles[kRight][k][j], false);
+          odd[j] += half(tiles[kLeft][i][k], true) * half(tiles[kRight][k][j], true);
+        }
+      for (int64_t j = 0; j < kLanes; ++j) tiles[kSum][i][j] += even[j] + odd[j];
+    }
+  }
+};
+
+CLONES void emulated_enter(int64_t size, float* row) { run_enter(size, row); }
+CLONES void emulated_leave(int64_t size, float* row) { run_leave(size, row); }
+CLONES void emulated_panel(const Product<float>& p, int64_t first, float* packed) { run_panel<Emulated>(p, first, packed); }
+
+const Engine<float> kEmulated = {kSide, kSide, emulated_panel, emulated_enter, emulated_leave};
+
+#ifdef FEDKERNELS_AMX
+
+struct Amx {
+  struct alignas(64) Shape {
+    uint8_t palette = 0, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+  Shape before;  // libraries that multiply in tiles on this thread find theirs as they left it
+
+  INLINE Amx() {
+    Shape shape;
+    shape.palette = 1;
+    for (int i = 0; i < 8; ++i) shape.bytes[i] = 64, shape.rows[i] = kLanes;
+    asm volatile("sttilecfg %0" : "=m"(before));
+    asm volatile("ldtilecfg %0" ::"m"(shape));
+  }
+  INLINE ~Amx() { asm volatile("ldtilecfg %0" ::"m"(before)); }
+
+  template <int kTo>
+  INLINE void zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(kTo));
+  }
+  template <int kTo>
+  INLINE void load(const char* from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTo) : "memory");
+  }
+  template <int kFrom>
+  INLINE void store(float* to) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(kSide * sizeof(float)), "i"(kFrom) : "memory");
+  }
+  template <int kSum, int kLeft, int kRight>
+  INLINE void dot() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
+  }
+};
+
+#define FEDKERNELS_TARGET __attribute__((target("arch=x86-64-v4")))
+FEDKERNELS_TARGET void amx_enter(int64_t size, float* row) { run_enter(size, row); }
+FEDKERNELS_TARGET void amx_leave(int64_t size, float* row) { run_leave(size, row); }
+FEDKERNELS_TARGET void amx_panel(const Product<float>& p, int64_t first, float* packed) { run_panel<Amx>(p, first, packed); }
+#undef FEDKERNELS_TARGET
+
+const Engine<float> kAmx = {kSide, kSide, amx_panel, amx_enter, amx_leave};
+
+// Linux lends the registers of tiles to processes that ask.
+bool has_amx() {
+  constexpr int kRequest = 0x1023, kTileData = 18;
+  static const bool lent = __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bw") &&
+                           syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return lent;
+}
+
+#else
+
+const Engine<float>& kAmx = kEmulated;
+bool has_amx() { return false; }
+
+#endif
+
+}  // namespace
+
+const Engine<float>* tile_engine() {
+  const char* variable = std::getenv("FEDKERNELS_AMX");
+  const std::string asked = variable ? variable : "";
+  if (asked.empty() || asked == "0") return nullptr;
+  if (asked == "emulated") return &kEmulated;
+  if (asked != "1") throw std::invalid_argument("FEDKERNELS_AMX=" + asked + ": expected 0, 1 or emulated");
+  if (!has_amx()) throw std::runtime_error("FEDKERNELS_AMX=1: no AMX tiles of bfloat16 here");
+  return &kAmx;
+}
+
+}  // namespace fedkernels

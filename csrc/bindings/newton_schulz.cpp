@@ -32,10 +32,8 @@ std::vector<int64_t> offsets(const Tensor& batch, const char* name) {
   return starts;
 }
 
-void share_units(int64_t units, const std::function<void(int64_t)>& work) {
-  at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) work(unit);
-  });
+void share_units(int64_t units, const std::function<void(int64_t, int64_t)>& work) {
+  at::parallel_for(0, units, 1, work);
 }
 
 // Call `work(matrix, workspace, parallel)` for every matrix: threads share the matrices, or each of them where those are

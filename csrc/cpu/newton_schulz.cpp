@@ -139,13 +139,11 @@ void NewtonSchulz<T>::operator()(const T* u, T* o, const Coefficients& steps, do
 template <class T>
 void NewtonSchulz<T>::multiply(const Product<T>& product, const Parallel& parallel) {
   const int64_t panels = (product.cols + engine_.cols - 1) / engine_.cols;
-  parallel(panels, [&](int64_t unit) {
+  parallel(panels, [&](int64_t begin, int64_t end) {
     thread_local std::vector<T> packed;
     const size_t size = engine_.cols * product.depth + 64 / sizeof(T);
     if (packed.size() < size) packed.resize(size);
-    // Panels of a triangle grow: the last and the first take turns, so that half of the units is half of the work.
-    const int64_t panel = unit % 2 == 0 ? panels - 1 - unit / 2 : unit / 2;
-    engine_.panel(product, panel * engine_.cols, on_line(packed.data()));
+    engine_.panels(product, begin, end, on_line(packed.data()));
   });
 }
 

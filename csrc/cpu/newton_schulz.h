@@ -9,8 +9,8 @@
 
 namespace fedkernels {
 
-// Calls its second argument for every unit from 0 to the first, in any order and on any thread.
-using Parallel = std::function<void(int64_t, const std::function<void(int64_t)>&)>;
+// Calls its second argument for ranges that make up all from 0 to the first, in any order and on any thread.
+using Parallel = std::function<void(int64_t, const std::function<void(int64_t, int64_t)>&)>;
 using Coefficients = std::vector<std::array<double, 3>>;  // a, b and c of every step
 
 // Workspace for matrices of one shape, used for one after the other.

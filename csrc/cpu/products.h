@@ -25,12 +25,16 @@ struct Product {
 template <class T>
 struct Engine {
   int64_t cols, block;  // sides of what it multiplies are multiples of `block`
-  void (*panel)(const Product<T>&, int64_t first_col, T* packed);  // `packed` holds `cols · depth` elements
+  // Panels from the begin-th to the end-th; `packed` holds `cols · depth` elements.
+  void (*panels)(const Product<T>&, int64_t begin, int64_t end, T* packed);
   // Null where matrices are what they seem. Else they change a row, of a multiple of `block` elements, into what the
   // engine multiplies, and back.
   void (*enter)(int64_t size, T* row);
   void (*leave)(int64_t size, T* row);
 };
+
+// Panels of a triangle grow: the last and the first take turns, so that half of them is half of the work.
+inline int64_t panel_of(int64_t index, int64_t panels) { return index % 2 == 0 ? panels - 1 - index / 2 : index / 2; }
 
 // The fastest that the processor can run. All that have fused multiply-adds give the same bits.
 template <class T>

@@ -18,10 +18,12 @@
 #define FEDKERNELS_AMX 1
 #endif
 
+#define ALWAYS __attribute__((always_inline))
+
 namespace fedkernels {
 namespace {
 
-constexpr int64_t kSide = 32, kLanes = 16;  // of a block of four tiles; of a vector
+constexpr int64_t kSide = 32, kLanes = 16, kTileWords = kLanes * kLanes;  // of a block of four tiles; of a vector
 constexpr uint32_t kHigh = 0xffff0000;
 typedef uint32_t Words __attribute__((vector_size(64), may_alias));
 typedef float Floats __attribute__((vector_size(64), may_alias));
@@ -50,17 +52,37 @@ INLINE void joined(const uint32_t* from, Floats& even, Floats& odd) {
   odd = (Floats)(high & kHigh) + (Floats)(low & kHigh);
 }
 
-// Of two rows of words the lower and the upper halves: pairs of even columns, and of odd ones.
-INLINE void pair(const Words& first, const Words& second, uint32_t* even, uint32_t* odd) {
-  vector(even) = (first & 0xffff) | (second << 16);
-  vector(odd) = (first >> 16) | (second & kHigh);
+// Of two rows of words the pairs of their lower halves, which are even columns, and of their upper ones.
+INLINE Words even_pairs(const Words& above, const Words& below) { return (above & 0xffff) | (below << 16); }
+INLINE Words odd_pairs(const Words& above, const Words& below) { return (above >> 16) | (below & kHigh); }
+
+// `to[j][i] = from[i][j]` of 16 × 16 words, in four rounds of a perfect shuffle; `row(i, words)` gives `from[i]`.
+template <class Row>
+INLINE void transpose_words(const Row& row, uint32_t* to, int64_t to_stride) {
+  Words rows[kLanes], mixed[kLanes];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kLanes; ++i) row(i, rows[i]);
+#pragma GCC unroll 4
+  for (int round = 0; round < 4; ++round) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kLanes / 2; ++i) {
+      const Words low = rows[i], high = rows[i + kLanes / 2];
+      mixed[2 * i] = __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      mixed[2 * i + 1] = __builtin_shufflevector(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; ++i) rows[i] = mixed[i];
+  }
+#pragma GCC unroll 16
+  for (int64_t j = 0; j < kLanes; ++j) vector(to + j * to_stride) = rows[j];
 }
 
 INLINE void run_enter(int64_t size, float* row) {
   for (int64_t k = 0; k < size; k += kSide) {
-    Floats even, odd;
-    for (int64_t i = 0; i < kLanes; ++i) even[i] = row[k + 2 * i], odd[i] = row[k + 2 * i + 1];
-    split(even, odd, reinterpret_cast<uint32_t*>(row + k));
+    const Floats first = *reinterpret_cast<const Floats*>(row + k), last = *reinterpret_cast<const Floats*>(row + k + kLanes);
+    split(__builtin_shufflevector(first, last, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+          __builtin_shufflevector(first, last, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31),
+          reinterpret_cast<uint32_t*>(row + k));
   }
 }
 
@@ -68,32 +90,46 @@ INLINE void run_leave(int64_t size, float* row) {
   for (int64_t k = 0; k < size; k += kSide) {
     Floats even, odd;
     joined(reinterpret_cast<uint32_t*>(row + k), even, odd);
-    for (int64_t i = 0; i < kLanes; ++i) row[k + 2 * i] = even[i], row[k + 2 * i + 1] = odd[i];
+    *reinterpret_cast<Floats*>(row + k) =
+        __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    *reinterpret_cast<Floats*>(row + k + kLanes) =
+        __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   }
 }
 
-// Tiles of B for `kSide` columns: of every 32 rows four, those of high parts before those of low ones, of even columns
-// before odd ones. A row of a tile has two rows of B.
-INLINE void pack(const Product<float>& p, int64_t first, uint32_t* packed) {
-  constexpr int64_t kTileWords = kLanes * kLanes;
-  for (int64_t k = 0; k < p.depth; k += kSide)
-    for (int64_t part = 0; part < 2; ++part, packed += 2 * kTileWords) {
-      if (p.b_transposed) {
-        for (int64_t odd = 0; odd < 2; ++odd)
-          transpose(kLanes, kLanes, line(p.b, p.b_stride, first + odd, k) + part * kLanes, 2 * p.b_stride,
-                    packed + odd * kTileWords, kLanes);
-        continue;
+// Tiles of B for `kSide` columns and rows: high parts before low ones, and of each the even columns before the odd ones.
+// A row of a tile has two rows of B.
+INLINE void pack(const Product<float>& p, int64_t k, int64_t first, uint32_t* packed) {
+  for (int64_t part = 0; part < 2; ++part, packed += 2 * kTileWords) {
+    if (p.b_transposed) {
+      for (int64_t odd = 0; odd < 2; ++odd) {
+        const uint32_t* from = line(p.b, p.b_stride, first + odd, k) + part * kLanes;
+        transpose_words([&](int64_t r, Words& row) ALWAYS { row = vector(from + 2 * r * p.b_stride); },
+                        packed + odd * kTileWords, kLanes);
       }
-      for (int64_t r = 0; r < kLanes; ++r) {
-        const uint32_t* rows = line(p.b, p.b_stride, k + 2 * r, first) + part * kLanes;
-        pair(vector(rows), vector(rows + p.b_stride), packed + r * kLanes, packed + kTileWords + r * kLanes);
-      }
+      continue;
     }
+    for (int64_t r = 0; r < kLanes; ++r) {
+      const uint32_t* rows = line(p.b, p.b_stride, k + 2 * r, first) + part * kLanes;
+      const Words above = vector(rows), below = vector(rows + p.b_stride);
+      vector(packed + r * kLanes) = even_pairs(above, below);
+      vector(packed + kTileWords + r * kLanes) = odd_pairs(above, below);
+    }
+  }
 }
 
-// `α sums + β D + γ I`, split, and where it lies above the diagonal its mirror.
-INLINE void finish(const Product<float>& p, int64_t i, int64_t first, const float* sums) {
-  for (int64_t r = 0; r < kSide; ++r) {
+// What is left to do for a block when its sums are there, in steps that are short beside the products of the next one:
+// a row of `α sums + β D + γ I`, split, and above the diagonal a quarter of its mirror.
+struct Rest {
+  int64_t i, first, done = 0, steps = 0;
+  const float* sums;
+
+  INLINE void advance(const Product<float>& p, int64_t until) {
+    for (; done < until && done < kSide; ++done) finish_row(p, done);
+    for (; done < until; ++done) mirror(p, (done - kSide) / 2, done % 2);
+  }
+
+  INLINE void finish_row(const Product<float>& p, int64_t r) const {
     Floats even = p.alpha * *reinterpret_cast<const Floats*>(sums + r * kSide);
     Floats odd = p.alpha * *reinterpret_cast<const Floats*>(sums + r * kSide + kLanes);
     if (p.beta != 0) {
@@ -105,43 +141,53 @@ INLINE void finish(const Product<float>& p, int64_t i, int64_t first, const floa
     if (p.gamma != 0 && i == first) (r % 2 == 0 ? even : odd)[r / 2] += p.gamma;
     split(even, odd, line(p.c, p.c_stride, i + r, first));
   }
-  if (!p.symmetric || i == first) return;
-  alignas(64) uint32_t pairs[2][kLanes * kLanes];
-  for (int64_t part = 0; part < 2; ++part) {
-    for (int64_t r = 0; r < kLanes; ++r) {
-      const uint32_t* rows = line(p.c, p.c_stride, i + 2 * r, first) + part * kLanes;
-      pair(vector(rows), vector(rows + p.c_stride), pairs[0] + r * kLanes, pairs[1] + r * kLanes);
-    }
-    for (int64_t odd = 0; odd < 2; ++odd)
-      transpose(kLanes, kLanes, pairs[odd], kLanes, line(p.c, p.c_stride, first + odd, i) + part * kLanes,
-                2 * p.c_stride);
+
+  INLINE void mirror(const Product<float>& p, int64_t part, int64_t odd) const {
+    const uint32_t* from = line(p.c, p.c_stride, i, first) + part * kLanes;
+    uint32_t* to = line(p.c, p.c_stride, first + odd, i) + part * kLanes;
+    const auto pairs = [&](int64_t r, Words& row) ALWAYS {
+      const Words above = vector(from + 2 * r * p.c_stride), below = vector(from + (2 * r + 1) * p.c_stride);
+      row = odd ? odd_pairs(above, below) : even_pairs(above, below);
+    };
+    transpose_words(pairs, to, 2 * p.c_stride);
   }
-}
+};
 
 // A unit has eight tiles of 16 rows of 64 bytes. Four are sums of a block, two are of A and two of B.
 template <class Unit>
-INLINE void run_panel(const Product<float>& p, int64_t first, float* packed) {
-  alignas(64) float sums[kSide * kSide];
-  const int64_t end = p.symmetric ? first + kSide : p.rows, a_bytes = p.a_stride * sizeof(float);
-  pack(p, first, reinterpret_cast<uint32_t*>(packed));
+INLINE void run_panels(const Product<float>& p, int64_t begin, int64_t end, float* memory) {
+  alignas(64) float sums[2][kSide * kSide];
+  uint32_t* packed = reinterpret_cast<uint32_t*>(memory);
+  const int64_t panels = p.cols / kSide, a_bytes = p.a_stride * sizeof(float);
   Unit unit;
-  for (int64_t i = 0; i < end; i += kSide) {
-    unit.template zero<0>(), unit.template zero<1>(), unit.template zero<2>(), unit.template zero<3>();
-    const char *a = reinterpret_cast<const char*>(p.a + i * p.a_stride), *b = reinterpret_cast<const char*>(packed);
-    for (int64_t k = 0; k < p.depth; k += kSide, a += 128, b += 4096) {
-      const char* below = a + kLanes * a_bytes;
-      unit.template load<4>(a, a_bytes), unit.template load<5>(below, a_bytes);
-      unit.template load<6>(b + 2048, 64), unit.template load<7>(b + 3072, 64);
-      unit.template dot<0, 4, 6>(), unit.template dot<1, 4, 7>(), unit.template dot<2, 5, 6>(), unit.template dot<3, 5, 7>();
-      unit.template load<6>(b, 64), unit.template load<7>(b + 1024, 64);
-      unit.template dot<0, 4, 6>(), unit.template dot<1, 4, 7>(), unit.template dot<2, 5, 6>(), unit.template dot<3, 5, 7>();
-      unit.template load<4>(a + 64, a_bytes), unit.template load<5>(below + 64, a_bytes);
-      unit.template dot<0, 4, 6>(), unit.template dot<1, 4, 7>(), unit.template dot<2, 5, 6>(), unit.template dot<3, 5, 7>();
+  Rest rest;
+  for (int64_t index = begin, turn = 0; index < end; ++index) {
+    const int64_t first = panel_of(index, panels) * kSide, rows = p.symmetric ? first + kSide : p.rows;
+    pack(p, 0, first, packed);
+    for (int64_t i = 0; i < rows; i += kSide, turn = 1 - turn) {
+      unit.template zero<0>(), unit.template zero<1>(), unit.template zero<2>(), unit.template zero<3>();
+      for (int64_t k = 0; k < p.depth; k += kSide) {
+        // One ahead, because tiles are loaded from the cache only when stores have arrived there.
+        if (i == 0 && k + kSide < p.depth) pack(p, k + kSide, first, packed + (k + kSide) * kSide);
+        const char *above = reinterpret_cast<const char*>(p.a + i * p.a_stride + k), *below = above + kLanes * a_bytes;
+        const char* b = reinterpret_cast<const char*>(packed + k * kSide);
+        constexpr int64_t kTile = kTileWords * sizeof(uint32_t), kPart = 2 * kTile;
+        unit.template load<4>(above, a_bytes), unit.template load<5>(below, a_bytes);
+        unit.template load<6>(b + kPart, 64), unit.template load<7>(b + kPart + kTile, 64);
+        unit.dots();  // high · low
+        unit.template load<6>(b, 64), unit.template load<7>(b + kTile, 64);
+        unit.dots();  // high · high
+        unit.template load<4>(above + 64, a_bytes), unit.template load<5>(below + 64, a_bytes);
+        unit.dots();  // low · high
+        rest.advance(p, rest.steps * (k + kSide) / p.depth);
+      }
+      float* to = sums[turn];
+      unit.template store<0>(to), unit.template store<1>(to + kLanes);
+      unit.template store<2>(to + kLanes * kSide), unit.template store<3>(to + kLanes * kSide + kLanes);
+      rest = {i, first, 0, p.symmetric && i != first ? kSide + 4 : kSide, to};
     }
-    unit.template store<0>(sums), unit.template store<1>(sums + kLanes);
-    unit.template store<2>(sums + kLanes * kSide), unit.template store<3>(sums + kLanes * kSide + kLanes);
-    finish(p, i, first, sums);
   }
+  rest.advance(p, rest.steps);
 }
 
 // What the instructions do, in the order of Intel's manual.
@@ -160,6 +206,7 @@ struct Emulated {
   void store(float* to) {
     for (int64_t r = 0; r < kLanes; ++r) std::memcpy(to + r * kSide, tiles[kFrom][r], 64);
   }
+  void dots() { dot<0, 4, 6>(), dot<1, 4, 7>(), dot<2, 5, 6>(), dot<3, 5, 7>(); }
   template <int kSum, int kLeft, int kRight>
   void dot() {
     const auto half = [](float word, bool odd) {
@@ -183,9 +230,11 @@ struct Emulated {
 
 CLONES void emulated_enter(int64_t size, float* row) { run_enter(size, row); }
 CLONES void emulated_leave(int64_t size, float* row) { run_leave(size, row); }
-CLONES void emulated_panel(const Product<float>& p, int64_t first, float* packed) { run_panel<Emulated>(p, first, packed); }
+CLONES void emulated_panels(const Product<float>& p, int64_t begin, int64_t end, float* packed) {
+  run_panels<Emulated>(p, begin, end, packed);
+}
 
-const Engine<float> kEmulated = {kSide, kSide, emulated_panel, emulated_enter, emulated_leave};
+const Engine<float> kEmulated = {kSide, kSide, emulated_panels, emulated_enter, emulated_leave};
 
 #ifdef FEDKERNELS_AMX
 
@@ -218,6 +267,7 @@ struct Amx {
   INLINE void store(float* to) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(kSide * sizeof(float)), "i"(kFrom) : "memory");
   }
+  INLINE void dots() { dot<0, 4, 6>(), dot<1, 4, 7>(), dot<2, 5, 6>(), dot<3, 5, 7>(); }
   template <int kSum, int kLeft, int kRight>
   INLINE void dot() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
@@ -227,10 +277,12 @@ struct Amx {
 #define FEDKERNELS_TARGET __attribute__((target("arch=x86-64-v4")))
 FEDKERNELS_TARGET void amx_enter(int64_t size, float* row) { run_enter(size, row); }
 FEDKERNELS_TARGET void amx_leave(int64_t size, float* row) { run_leave(size, row); }
-FEDKERNELS_TARGET void amx_panel(const Product<float>& p, int64_t first, float* packed) { run_panel<Amx>(p, first, packed); }
+FEDKERNELS_TARGET void amx_panels(const Product<float>& p, int64_t begin, int64_t end, float* packed) {
+  run_panels<Amx>(p, begin, end, packed);
+}
 #undef FEDKERNELS_TARGET
 
-const Engine<float> kAmx = {kSide, kSide, amx_panel, amx_enter, amx_leave};
+const Engine<float> kAmx = {kSide, kSide, amx_panels, amx_enter, amx_leave};
 
 // Linux lends the registers of tiles to processes that ask.
 bool has_amx() {

@@ -141,7 +141,7 @@ void NewtonSchulz<T>::multiply(const Product<T>& product, const Parallel& parall
   const int64_t panels = (product.cols + engine_.cols - 1) / engine_.cols;
   parallel(panels, [&](int64_t begin, int64_t end) {
     thread_local std::vector<T> packed;
-    const size_t size = engine_.cols * product.depth + 64 / sizeof(T);
+    const size_t size = 2 * engine_.cols * product.depth + 64 / sizeof(T);
     if (packed.size() < size) packed.resize(size);
     engine_.panels(product, begin, end, on_line(packed.data()));
   });

@@ -97,36 +97,47 @@ INLINE void run_leave(int64_t size, float* row) {
   }
 }
 
-// Tiles of B for `kSide` columns and rows: high parts before low ones, and of each the even columns before the odd ones.
-// A row of a tile has two rows of B.
-INLINE void pack(const Product<float>& p, int64_t k, int64_t first, uint32_t* packed) {
-  for (int64_t part = 0; part < 2; ++part, packed += 2 * kTileWords) {
+// The tiles of B for `kSide` columns, packed in steps: of every 32 rows those of high and those of low parts, of even
+// columns before odd ones. A row of a tile has two rows of B.
+struct Packing {
+  int64_t first = 0, done = 0, steps = 0;
+  uint32_t* packed = nullptr;
+
+  INLINE void advance(const Product<float>& p, int64_t until) {
+    for (; done < until; ++done) pack(p, done / 2 * kSide, done % 2, packed + done * 2 * kTileWords);
+  }
+
+  INLINE void pack(const Product<float>& p, int64_t k, int64_t part, uint32_t* to) const {
     if (p.b_transposed) {
       for (int64_t odd = 0; odd < 2; ++odd) {
         const uint32_t* from = line(p.b, p.b_stride, first + odd, k) + part * kLanes;
         transpose_words([&](int64_t r, Words& row) ALWAYS { row = vector(from + 2 * r * p.b_stride); },
-                        packed + odd * kTileWords, kLanes);
+                        to + odd * kTileWords, kLanes);
       }
-      continue;
+      return;
     }
     for (int64_t r = 0; r < kLanes; ++r) {
       const uint32_t* rows = line(p.b, p.b_stride, k + 2 * r, first) + part * kLanes;
       const Words above = vector(rows), below = vector(rows + p.b_stride);
-      vector(packed + r * kLanes) = even_pairs(above, below);
-      vector(packed + kTileWords + r * kLanes) = odd_pairs(above, below);
+      vector(to + r * kLanes) = even_pairs(above, below);
+      vector(to + kTileWords + r * kLanes) = odd_pairs(above, below);
     }
   }
-}
+};
 
 // What is left to do for a block when its sums are there, in steps that are short beside the products of the next one:
 // a row of `α sums + β D + γ I`, split, and above the diagonal a quarter of its mirror.
+constexpr int64_t kQuarter = 5;  // rows that take as long as a quarter
+
 struct Rest {
-  int64_t i, first, done = 0, steps = 0;
-  const float* sums;
+  int64_t i = 0, first = 0, done = 0, steps = 0;
+  const float* sums = nullptr;
 
   INLINE void advance(const Product<float>& p, int64_t until) {
     for (; done < until && done < kSide; ++done) finish_row(p, done);
-    for (; done < until; ++done) mirror(p, (done - kSide) / 2, done % 2);
+    for (; done < until; ++done)
+      if (const int64_t quarter = (done - kSide) / kQuarter; (done - kSide) % kQuarter == 0)
+        mirror(p, quarter / 2, quarter % 2);
   }
 
   INLINE void finish_row(const Product<float>& p, int64_t r) const {
@@ -153,39 +164,52 @@ struct Rest {
   }
 };
 
-// A unit has eight tiles of 16 rows of 64 bytes. Four are sums of a block, two are of A and two of B.
+// A unit has eight tiles of 16 rows of 64 bytes. Four are sums of a block, two are of A and two of B. While it is busy
+// the processor finishes the block before and packs the next panel, a bit after every four products: nothing waits for
+// what was just written, and what waits for its turn fits the buffers of the processor.
 template <class Unit>
 INLINE void run_panels(const Product<float>& p, int64_t begin, int64_t end, float* memory) {
   alignas(64) float sums[2][kSide * kSide];
-  uint32_t* packed = reinterpret_cast<uint32_t*>(memory);
-  const int64_t panels = p.cols / kSide, a_bytes = p.a_stride * sizeof(float);
+  const int64_t panels = p.cols / kSide, depth = p.depth / kSide, a_bytes = p.a_stride * sizeof(float);
+  const auto packing = [&](int64_t index) ALWAYS {
+    return Packing{panel_of(index, panels) * kSide, 0, index < end ? 2 * depth : 0,
+                   reinterpret_cast<uint32_t*>(memory) + index % 2 * p.depth * kSide};
+  };
   Unit unit;
   Rest rest;
+  Packing current = packing(begin);
+  current.advance(p, current.steps);
   for (int64_t index = begin, turn = 0; index < end; ++index) {
-    const int64_t first = panel_of(index, panels) * kSide, rows = p.symmetric ? first + kSide : p.rows;
-    pack(p, 0, first, packed);
+    Packing next = packing(index + 1);
+    const int64_t first = current.first, rows = p.symmetric ? first + kSide : p.rows;
     for (int64_t i = 0; i < rows; i += kSide, turn = 1 - turn) {
       unit.template zero<0>(), unit.template zero<1>(), unit.template zero<2>(), unit.template zero<3>();
-      for (int64_t k = 0; k < p.depth; k += kSide) {
-        // One ahead, because tiles are loaded from the cache only when stores have arrived there.
-        if (i == 0 && k + kSide < p.depth) pack(p, k + kSide, first, packed + (k + kSide) * kSide);
-        const char *above = reinterpret_cast<const char*>(p.a + i * p.a_stride + k), *below = above + kLanes * a_bytes;
-        const char* b = reinterpret_cast<const char*>(packed + k * kSide);
+      for (int64_t k = 0; k < depth; ++k) {
+        const auto beside = [&](int64_t third) ALWAYS {
+          const int64_t turns = 3 * k + third + 1;
+          rest.advance(p, rest.steps * turns / (3 * depth));
+          next.advance(p, next.steps * (i / kSide * 3 * depth + turns) / (rows / kSide * 3 * depth));
+        };
         constexpr int64_t kTile = kTileWords * sizeof(uint32_t), kPart = 2 * kTile;
+        const char *above = reinterpret_cast<const char*>(p.a + i * p.a_stride + k * kSide), *below = above + kLanes * a_bytes;
+        const char* b = reinterpret_cast<const char*>(current.packed) + k * 2 * kPart;
         unit.template load<4>(above, a_bytes), unit.template load<5>(below, a_bytes);
         unit.template load<6>(b + kPart, 64), unit.template load<7>(b + kPart + kTile, 64);
         unit.dots();  // high · low
+        beside(0);
         unit.template load<6>(b, 64), unit.template load<7>(b + kTile, 64);
         unit.dots();  // high · high
+        beside(1);
         unit.template load<4>(above + 64, a_bytes), unit.template load<5>(below + 64, a_bytes);
         unit.dots();  // low · high
-        rest.advance(p, rest.steps * (k + kSide) / p.depth);
+        beside(2);
       }
       float* to = sums[turn];
       unit.template store<0>(to), unit.template store<1>(to + kLanes);
       unit.template store<2>(to + kLanes * kSide), unit.template store<3>(to + kLanes * kSide + kLanes);
-      rest = {i, first, 0, p.symmetric && i != first ? kSide + 4 : kSide, to};
+      rest = {i, first, 0, p.symmetric && i != first ? kSide + 4 * kQuarter : kSide, to};
     }
+    current = next;
   }
   rest.advance(p, rest.steps);
 }

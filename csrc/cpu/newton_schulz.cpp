@@ -37,6 +37,7 @@ template <class T>
 int64_t padded(int64_t cols, int64_t block) {
   constexpr int64_t kLine = 64 / sizeof(T), kSets = 1024 / sizeof(T);
   const int64_t step = std::max(kLine, block), stride = up(cols, step);
+  if (block > 1) return stride / step % 2 == 0 ? stride + step : stride;
   return stride % kSets == 0 ? stride + step : stride;
 }
 

@@ -97,47 +97,44 @@ INLINE void run_leave(int64_t size, float* row) {
   }
 }
 
-// The tiles of B for `kSide` columns, packed in steps: of every 32 rows those of high and those of low parts, of even
-// columns before odd ones. A row of a tile has two rows of B.
+// The tiles of B for `kSide` columns: of every 32 rows those of high and those of low parts, of even columns before odd
+// ones. A row of a tile has two rows of B.
 struct Packing {
-  int64_t first = 0, done = 0, steps = 0;
+  int64_t first = 0;
   uint32_t* packed = nullptr;
 
-  INLINE void advance(const Product<float>& p, int64_t until) {
-    for (; done < until; ++done) pack(p, done / 2 * kSide, done % 2, packed + done * 2 * kTileWords);
-  }
+  INLINE static int64_t steps(const Product<float>& p) { return p.depth / kSide * (p.b_transposed ? 4 : 2 * kLanes); }
 
-  INLINE void pack(const Product<float>& p, int64_t k, int64_t part, uint32_t* to) const {
+  INLINE void step(const Product<float>& p, int64_t index) const {
     if (p.b_transposed) {
-      for (int64_t odd = 0; odd < 2; ++odd) {
-        const uint32_t* from = line(p.b, p.b_stride, first + odd, k) + part * kLanes;
-        transpose_words([&](int64_t r, Words& row) ALWAYS { row = vector(from + 2 * r * p.b_stride); },
-                        to + odd * kTileWords, kLanes);
-      }
+      const int64_t k = index / 4 * kSide, part = index / 2 % 2, odd = index % 2;
+      const uint32_t* from = line(p.b, p.b_stride, first + odd, k) + part * kLanes;
+      transpose_words([&](int64_t r, Words& row) ALWAYS { row = vector(from + 2 * r * p.b_stride); },
+                      packed + index * kTileWords, kLanes);
       return;
     }
-    for (int64_t r = 0; r < kLanes; ++r) {
-      const uint32_t* rows = line(p.b, p.b_stride, k + 2 * r, first) + part * kLanes;
-      const Words above = vector(rows), below = vector(rows + p.b_stride);
-      vector(to + r * kLanes) = even_pairs(above, below);
-      vector(to + kTileWords + r * kLanes) = odd_pairs(above, below);
-    }
+    const int64_t k = index / (2 * kLanes) * kSide, part = index / kLanes % 2, r = index % kLanes;
+    const uint32_t* from = line(p.b, p.b_stride, k + 2 * r, first) + part * kLanes;
+    uint32_t* to = packed + index / kLanes * 2 * kTileWords + r * kLanes;
+    const Words above = vector(from), below = vector(from + p.b_stride);
+    vector(to) = even_pairs(above, below);
+    vector(to + kTileWords) = odd_pairs(above, below);
   }
 };
 
-// What is left to do for a block when its sums are there, in steps that are short beside the products of the next one:
-// a row of `α sums + β D + γ I`, split, and above the diagonal a quarter of its mirror.
-constexpr int64_t kQuarter = 5;  // rows that take as long as a quarter
-
+// What is left to do for a block when its sums are there: `α sums + β D + γ I`, split, and above the diagonal its mirror.
 struct Rest {
-  int64_t i = 0, first = 0, done = 0, steps = 0;
+  static constexpr int64_t kQuarter = 4;  // rows that take as long as a quarter of the mirror
+
+  int64_t i = 0, first = 0;
   const float* sums = nullptr;
 
-  INLINE void advance(const Product<float>& p, int64_t until) {
-    for (; done < until && done < kSide; ++done) finish_row(p, done);
-    for (; done < until; ++done)
-      if (const int64_t quarter = (done - kSide) / kQuarter; (done - kSide) % kQuarter == 0)
-        mirror(p, quarter / 2, quarter % 2);
+  INLINE int64_t steps(const Product<float>& p) const { return p.symmetric && i != first ? kSide + 4 * kQuarter : kSide; }
+
+  INLINE void step(const Product<float>& p, int64_t index) const {
+    if (index < kSide) return finish_row(p, index);
+    const int64_t quarter = (index - kSide) / kQuarter;
+    if ((index - kSide) % kQuarter == 0) mirror(p, quarter / 2, quarter % 2);
   }
 
   INLINE void finish_row(const Product<float>& p, int64_t r) const {
@@ -164,54 +161,100 @@ struct Rest {
   }
 };
 
-// A unit has eight tiles of 16 rows of 64 bytes. Four are sums of a block, two are of A and two of B. While it is busy
-// the processor finishes the block before and packs the next panel, a bit after every four products: nothing waits for
-// what was just written, and what waits for its turn fits the buffers of the processor.
+template <class Work>
+struct Paced {
+  Work work;
+  int64_t steps = 0, slots = 1, done = 0, credit = 0;
+
+  INLINE void turn(const Product<float>& p) {
+    for (credit += steps; credit >= slots; credit -= slots) work.step(p, done++);
+  }
+  INLINE void finish(const Product<float>& p) {
+    while (done < steps) work.step(p, done++);
+  }
+};
+
+// One of the twelve products of 32 rows of B: high · low, then high · high, then low · high. Of eight tiles of 16 rows of
+// 64 bytes four are sums of a block, two are of A and two of B, and each is loaded when the last of before is not needed.
+template <class Unit>
+INLINE void multiply(Unit& unit, int64_t product, const char* above, const char* below, int64_t a_bytes, const char* b) {
+  constexpr int64_t kTile = kTileWords * sizeof(uint32_t), kLow = 2 * kTile, kRow = 64;
+  switch (product) {
+    case 0:
+      unit.template load<4>(above, a_bytes);
+      unit.template load<6>(b + kLow, kRow);
+      return unit.template dot<0, 4, 6>();
+    case 1:
+      unit.template load<7>(b + kLow + kTile, kRow);
+      return unit.template dot<1, 4, 7>();
+    case 2:
+      unit.template load<5>(below, a_bytes);
+      return unit.template dot<2, 5, 6>();
+    case 3:
+      unit.template load<6>(b, kRow);
+      return unit.template dot<3, 5, 7>();
+    case 4:
+      unit.template load<7>(b + kTile, kRow);
+      return unit.template dot<0, 4, 6>();
+    case 5:
+      return unit.template dot<1, 4, 7>();
+    case 6:
+      unit.template load<4>(above + kRow, a_bytes);
+      return unit.template dot<2, 5, 6>();
+    case 7:
+      return unit.template dot<3, 5, 7>();
+    case 8:
+      unit.template load<5>(below + kRow, a_bytes);
+      return unit.template dot<0, 4, 6>();
+    case 9:
+      return unit.template dot<1, 4, 7>();
+    case 10:
+      return unit.template dot<2, 5, 6>();
+    default:
+      return unit.template dot<3, 5, 7>();
+  }
+}
+
+// While the unit is busy
+// the processor finishes the block before and packs the next panel, a bit after every product: it looks a few hundred
+// instructions ahead, and the next product has to be among them.
 template <class Unit>
 INLINE void run_panels(const Product<float>& p, int64_t begin, int64_t end, float* memory) {
+  constexpr int64_t kProducts = 12;
   alignas(64) float sums[2][kSide * kSide];
-  const int64_t panels = p.cols / kSide, depth = p.depth / kSide, a_bytes = p.a_stride * sizeof(float);
+  const int64_t panels = p.cols / kSide, slots = p.depth / kSide * kProducts, a_bytes = p.a_stride * sizeof(float);
   const auto packing = [&](int64_t index) ALWAYS {
-    return Packing{panel_of(index, panels) * kSide, 0, index < end ? 2 * depth : 0,
-                   reinterpret_cast<uint32_t*>(memory) + index % 2 * p.depth * kSide};
+    return Packing{panel_of(index, panels) * kSide, reinterpret_cast<uint32_t*>(memory) + index % 2 * p.depth * kSide};
   };
   Unit unit;
-  Rest rest;
-  Packing current = packing(begin);
-  current.advance(p, current.steps);
+  Paced<Rest> rest;
+  Paced<Packing> current{packing(begin), Packing::steps(p)};
+  current.finish(p);
   for (int64_t index = begin, turn = 0; index < end; ++index) {
-    Packing next = packing(index + 1);
-    const int64_t first = current.first, rows = p.symmetric ? first + kSide : p.rows;
+    const int64_t first = current.work.first, rows = p.symmetric ? first + kSide : p.rows;
+    Paced<Packing> next;
+    if (index + 1 < end) next = {packing(index + 1), Packing::steps(p), rows / kSide * slots};
     for (int64_t i = 0; i < rows; i += kSide, turn = 1 - turn) {
       unit.template zero<0>(), unit.template zero<1>(), unit.template zero<2>(), unit.template zero<3>();
-      for (int64_t k = 0; k < depth; ++k) {
-        const auto beside = [&](int64_t third) ALWAYS {
-          const int64_t turns = 3 * k + third + 1;
-          rest.advance(p, rest.steps * turns / (3 * depth));
-          next.advance(p, next.steps * (i / kSide * 3 * depth + turns) / (rows / kSide * 3 * depth));
-        };
-        constexpr int64_t kTile = kTileWords * sizeof(uint32_t), kPart = 2 * kTile;
-        const char *above = reinterpret_cast<const char*>(p.a + i * p.a_stride + k * kSide), *below = above + kLanes * a_bytes;
-        const char* b = reinterpret_cast<const char*>(current.packed) + k * 2 * kPart;
-        unit.template load<4>(above, a_bytes), unit.template load<5>(below, a_bytes);
-        unit.template load<6>(b + kPart, 64), unit.template load<7>(b + kPart + kTile, 64);
-        unit.dots();  // high · low
-        beside(0);
-        unit.template load<6>(b, 64), unit.template load<7>(b + kTile, 64);
-        unit.dots();  // high · high
-        beside(1);
-        unit.template load<4>(above + 64, a_bytes), unit.template load<5>(below + 64, a_bytes);
-        unit.dots();  // low · high
-        beside(2);
+      for (int64_t k = 0; k < p.depth; k += kSide) {
+        const char *above = reinterpret_cast<const char*>(p.a + i * p.a_stride + k), *below = above + kLanes * a_bytes;
+        const char* b = reinterpret_cast<const char*>(current.work.packed + k * kSide);
+#pragma GCC unroll 1
+        for (int64_t product = 0; product < kProducts; ++product) {
+          multiply(unit, product, above, below, a_bytes, b);
+          rest.turn(p);
+          next.turn(p);
+        }
       }
       float* to = sums[turn];
       unit.template store<0>(to), unit.template store<1>(to + kLanes);
       unit.template store<2>(to + kLanes * kSide), unit.template store<3>(to + kLanes * kSide + kLanes);
-      rest = {i, first, 0, p.symmetric && i != first ? kSide + 4 * kQuarter : kSide, to};
+      rest = {{i, first, to}};
+      rest.steps = rest.work.steps(p), rest.slots = slots;
     }
     current = next;
   }
-  rest.advance(p, rest.steps);
+  rest.finish(p);
 }
 
 // What the instructions do, in the order of Intel's manual.
@@ -230,7 +273,6 @@ struct Emulated {
   void store(float* to) {
     for (int64_t r = 0; r < kLanes; ++r) std::memcpy(to + r * kSide, tiles[kFrom][r], 64);
   }
-  void dots() { dot<0, 4, 6>(), dot<1, 4, 7>(), dot<2, 5, 6>(), dot<3, 5, 7>(); }
   template <int kSum, int kLeft, int kRight>
   void dot() {
     const auto half = [](float word, bool odd) {
@@ -291,7 +333,6 @@ struct Amx {
   INLINE void store(float* to) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(kSide * sizeof(float)), "i"(kFrom) : "memory");
   }
-  INLINE void dots() { dot<0, 4, 6>(), dot<1, 4, 7>(), dot<2, 5, 6>(), dot<3, 5, 7>(); }
   template <int kSum, int kLeft, int kRight>
   INLINE void dot() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels.h"
 #include "transpose.h"
@@ -13,16 +14,6 @@ namespace {
 // Steps on R alone between two products with X. Rounding of R, which is relative to its largest eigenvalue, grows with
 // a² in every step where eigenvalues are small; R is computed afresh from X before it matters.
 constexpr size_t kRestart = 3;
-
-// The shortest side with which tiles are faster.
-constexpr int64_t kTiled = 32;
-
-template <class T>
-const Engine<T>& engine_for(int64_t n) {
-  if constexpr (sizeof(T) == 4)
-    if (const Engine<T>* tiles = n >= kTiled ? tile_engine() : nullptr) return *tiles;
-  return engine<T>();
-}
 
 int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -37,7 +28,6 @@ template <class T>
 int64_t padded(int64_t cols, int64_t block) {
   constexpr int64_t kLine = 64 / sizeof(T), kSets = 1024 / sizeof(T);
   const int64_t step = std::max(kLine, block), stride = up(cols, step);
-  if (block > 1) return stride / step % 2 == 0 ? stride + step : stride;
   return stride % kSets == 0 ? stride + step : stride;
 }
 
@@ -99,10 +89,9 @@ CLONES void muon_update(int64_t n, const MuonUpdate<double>& s, const double* o,
 }
 
 template <class T>
-NewtonSchulz<T>::NewtonSchulz(int64_t rows, int64_t cols)
-    : engine_(engine_for<T>(std::min(rows, cols))), rows_(rows), cols_(cols), n_(std::min(rows, cols)),
-      m_(std::max(rows, cols)), height_(up(n_, engine_.block)), width_(up(m_, engine_.block)),
-      n_stride_(padded<T>(n_, engine_.block)), m_stride_(padded<T>(m_, engine_.block)),
+NewtonSchulz<T>::NewtonSchulz(int64_t rows, int64_t cols, const Engine<T>& engine)
+    : engine_(engine), rows_(rows), cols_(cols), n_(std::min(rows, cols)), m_(std::max(rows, cols)), height_(up(n_, engine.block)),
+      width_(up(m_, engine.block)), n_stride_(padded<T>(n_, engine.block)), m_stride_(padded<T>(m_, engine.block)),
       memory_(2 * height_ * m_stride_ + 4 * height_ * n_stride_ + 64 / sizeof(T)) {
   x_ = on_line(memory_.data());
   next_x_ = x_ + height_ * m_stride_;
@@ -115,7 +104,9 @@ NewtonSchulz<T>::NewtonSchulz(int64_t rows, int64_t cols)
 template <class T>
 void NewtonSchulz<T>::operator()(const T* u, T* o, const Coefficients& steps, double margin, const Parallel& parallel) {
   const bool tall = rows_ > cols_;
-  const double scale = 1 / (norm(rows_ * cols_, u) * margin + 1e-7);
+  const double length = norm(rows_ * cols_, u), scale = 1 / (length * margin + 1e-7);
+  // What is not finite spreads over all of the matrix. An engine may lose the payload by which some NaN are one.
+  if (std::isnan(length)) return std::fill(o, o + rows_ * cols_, std::numeric_limits<T>::quiet_NaN());
   if (tall) transposed(rows_, cols_, u, cols_, x_, m_stride_);
   for (int64_t i = 0; i < n_; ++i) {
     T* row = x_ + i * m_stride_;
@@ -142,7 +133,7 @@ void NewtonSchulz<T>::multiply(const Product<T>& product, const Parallel& parall
   const int64_t panels = (product.cols + engine_.cols - 1) / engine_.cols;
   parallel(panels, [&](int64_t begin, int64_t end) {
     thread_local std::vector<T> packed;
-    const size_t size = 2 * engine_.cols * product.depth + 64 / sizeof(T);
+    const size_t size = engine_.cols * product.depth + 64 / sizeof(T);
     if (packed.size() < size) packed.resize(size);
     engine_.panels(product, begin, end, on_line(packed.data()));
   });
@@ -153,11 +144,12 @@ void NewtonSchulz<T>::advance(const std::array<double, 3>* steps, size_t count, 
   // `to = α left · right + β added + γI`, all of them symmetric and commuting but for rounding.
   const auto symmetric = [&](double alpha, const T* left, const T* right, double beta, const T* added, double gamma,
                              T* to) {
-    multiply({height_, height_, height_, left, n_stride_, right, n_stride_, false, true, T(alpha), T(beta), T(gamma), added, to,
-                 n_stride_},
-                parallel);
+    multiply({height_, height_, height_, left, n_stride_, right, n_stride_, false, true, T(alpha), T(beta), T(gamma),
+              added, to, n_stride_},
+             parallel);
   };
-  multiply({height_, height_, width_, x_, m_stride_, x_, m_stride_, true, true, 1, 0, 0, nullptr, r_, n_stride_}, parallel);
+  multiply({height_, height_, width_, x_, m_stride_, x_, m_stride_, true, true, 1, 0, 0, nullptr, r_, n_stride_},
+           parallel);
   for (size_t t = 0; t < count; ++t) {
     const auto [a, b, c] = steps[t];
     symmetric(c, r_, r_, b, r_, a, p_);
@@ -172,7 +164,8 @@ void NewtonSchulz<T>::advance(const std::array<double, 3>* steps, size_t count, 
       std::swap(q_, z_);
     }
   }
-  multiply({height_, width_, height_, q_, n_stride_, x_, m_stride_, false, false, 1, 0, 0, nullptr, next_x_, m_stride_}, parallel);
+  multiply({height_, width_, height_, q_, n_stride_, x_, m_stride_, false, false, 1, 0, 0, nullptr, next_x_, m_stride_},
+           parallel);
   std::swap(x_, next_x_);
 }
 

@@ -17,14 +17,13 @@ using Coefficients = std::vector<std::array<double, 3>>;  // a, b and c of every
 template <class T>
 class NewtonSchulz {
  public:
-  NewtonSchulz(int64_t rows, int64_t cols);
+  NewtonSchulz(int64_t rows, int64_t cols, const Engine<T>& engine);
   // `u` and `o` are row-major and contiguous, and may be the same memory.
   void operator()(const T* u, T* o, const Coefficients& steps, double margin, const Parallel& parallel);
 
  private:
   // Some steps at once: products of the short side, and at their end one with X.
   void advance(const std::array<double, 3>* steps, size_t count, const Parallel& parallel);
-
   void multiply(const Product<T>& product, const Parallel& parallel);
 
   const Engine<T>& engine_;

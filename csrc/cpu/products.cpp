@@ -7,9 +7,8 @@
 
 #include "transpose.h"
 
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 12)
+#ifdef FEDKERNELS_X86
 #include <immintrin.h>
-#define FEDKERNELS_X86 1
 #endif
 
 namespace fedkernels {
@@ -116,10 +115,6 @@ FEDKERNELS_ENGINE(avx2f32, "arch=x86-64-v3", float, __m256, 4, 3, _mm256, ps)
 FEDKERNELS_ENGINE(avx2f64, "arch=x86-64-v3", double, __m256d, 4, 3, _mm256, pd)
 #undef FEDKERNELS_ENGINE
 
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 Engine<float> fastest(float) {

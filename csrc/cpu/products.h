@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 12)
+#define FEDKERNELS_X86 1
+#endif
+
 namespace fedkernels {
 
 // All matrices are row-major; a stride is the distance of two rows.
@@ -40,7 +44,11 @@ inline int64_t panel_of(int64_t index, int64_t panels) { return index % 2 == 0 ?
 template <class T>
 const Engine<T>& engine();
 
-// Tiles of bfloat16 in two parts, if FEDKERNELS_AMX asks for them; null if not.
-const Engine<float>* tile_engine();
+#ifdef FEDKERNELS_X86
+inline bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
 
 }  // namespace fedkernels

@@ -7,6 +7,7 @@ their singular values in float64.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 
@@ -100,6 +101,28 @@ def emerging(u: Tensor) -> list[Tensor]:
         torch.set_float32_matmul_precision(before)
 
 
+def ours(u: Tensor, *, amx: str = "0") -> Tensor:
+    """Of products of float32, or in AMX tiles of bfloat16."""
+    before = os.environ.get("FEDKERNELS_AMX")
+    os.environ["FEDKERNELS_AMX"] = amx
+    try:
+        return newton_schulz(u, STEPS)
+    finally:
+        os.environ.pop("FEDKERNELS_AMX")
+        if before is not None:
+            os.environ["FEDKERNELS_AMX"] = before
+
+
+def has_amx() -> bool:
+    if MISSING["cpp"] is not None:
+        return False
+    try:
+        ours(torch.ones(32, 32), amx="1")
+    except RuntimeError:
+        return False
+    return True
+
+
 LIBRARIES: dict[str, tuple[str, Callable[[Tensor], Tensor | Sequence[Tensor]]]] = {
     "gram_newton_schulz": ("gram-newton-schulz, float16", gram_newton_schulz),
     "quack": ("symmetric products of quack, float16", quack),
@@ -171,9 +194,11 @@ class Problem:
 
 def variants(p: Problem, work: Workload) -> list[Variant]:
     """Ours first."""
-    ours = p.on_all(lambda u: newton_schulz(u, STEPS))
     compiled = torch.compile(batched, dynamic=False)
-    ways = [Variant("fedkernels", ours, tolerance=EXACT)]
+    ways = [Variant("fedkernels", p.on_all(ours), tolerance=EXACT)]
+    if p.device.type == "cpu" and has_amx():
+        tiled = p.on_all(functools.partial(ours, amx="1"))
+        ways += [Variant("fedkernels, FEDKERNELS_AMX=1", tiled, tolerance=EXACT)]
     if p.device.type == "cuda":
         common = set.intersection(*(set(backends(shape)) for shape in work.matrices))
         ways += [

@@ -90,8 +90,9 @@ CLONES void muon_update(int64_t n, const MuonUpdate<double>& s, const double* o,
 
 template <class T>
 NewtonSchulz<T>::NewtonSchulz(int64_t rows, int64_t cols, const Engine<T>& engine)
-    : engine_(engine), rows_(rows), cols_(cols), n_(std::min(rows, cols)), m_(std::max(rows, cols)), height_(up(n_, engine.block)),
-      width_(up(m_, engine.block)), n_stride_(padded<T>(n_, engine.block)), m_stride_(padded<T>(m_, engine.block)),
+    : engine_(engine), rows_(rows), cols_(cols), n_(std::min(rows, cols)), m_(std::max(rows, cols)),
+      height_(up(n_, engine.block)), width_(up(m_, engine.block)), n_stride_(padded<T>(n_, engine.block)),
+      m_stride_(padded<T>(m_, engine.block)),
       memory_(2 * height_ * m_stride_ + 4 * height_ * n_stride_ + 64 / sizeof(T)) {
   x_ = on_line(memory_.data());
   next_x_ = x_ + height_ * m_stride_;

@@ -1,11 +1,11 @@
 // AMX multiplies tiles of 16 × 32 and 32 × 16 bfloat16 and adds up in float32, sixteen times as fast as vectors do.
 //
 // A matrix is split: `x = high + low`, both bfloat16, keeps 16 of the 24 bits of x. A product is three of bfloat16,
-// `high · low + high · high + low · high`; what is left out is 2⁻¹⁶ of the largest at most. A line, 32 neighbours of a row,
-// has 64 bytes of high parts and then 64 of low ones in the place of the 128 bytes of float32.
+// `high · low + high · high + low · high`, without what is 2⁻¹⁶ of it at most. A line, 32 neighbours in a row, has 64
+// bytes of high parts and then 64 of low ones in the place of the 128 bytes of float32.
 //
-// In a block of C, 32 × 32, one tile has the even columns and one the odd, so that no element leaves its lane on the way
-// from two sums to a line, or from two lines of B to its tiles.
+// In a block of C, 32 × 32, one tile has the even columns and one the odd: no element leaves its lane on the way from
+// two sums to a line, or from two lines of B to its tiles.
 #include "tiles.h"
 
 #include "rows.h"
@@ -100,8 +100,8 @@ INLINE void transpose_words(Words* rows, uint32_t* to, int64_t to_stride) {
   for (int64_t j = 0; j < kLanes; ++j) words(to + j * to_stride) = rows[j];
 }
 
-// Four tiles of 32 rows of B and the columns from `first` on: high parts before low ones, and of either the even columns
-// before the odd ones. A row of a tile has two rows of B.
+// Four tiles of 32 rows of B and the columns from `first` on: high parts before low ones, and of either the even
+// columns before the odd ones. A row of a tile has two rows of B.
 INLINE void pack(const Product<float>& p, int64_t k, int64_t first, uint32_t* packed) {
   for (int64_t tile = 0; tile < 4; ++tile, packed += kTileWords) {
     const int64_t part = tile / 2 * kLanes, odd = tile % 2;

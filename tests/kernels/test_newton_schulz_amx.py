@@ -1,4 +1,4 @@
-"""Newton–Schulz and Muon's step in AMX tiles on the CPU: by the instructions where they are, by their emulation everywhere."""
+"""Newton–Schulz and Muon's step in AMX tiles: by the instructions where they are, by their emulation everywhere."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ namespace {
 
 // Steps on R alone between two products with X. Rounding of R, which is relative to its largest eigenvalue, grows with
 // a² in every step where eigenvalues are small; R is computed afresh from X before it matters.
-constexpr size_t kRestart = 3;
+constexpr size_t kRestart = 3, kRestartInParts = 2;
 
 int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -119,7 +119,8 @@ void NewtonSchulz<T>::operator()(const T* u, T* o, const Coefficients& steps, do
   // Where X is nearly square there is nothing to save, and float64 is for those who want every digit.
   const bool on_gram = sizeof(T) == 4 && 4 * m_ >= 5 * n_;
   for (size_t first = 0; first < steps.size();) {
-    const size_t count = on_gram ? std::min(kRestart, steps.size() - first) : 1;
+    const size_t stretch = !on_gram ? 1 : engine_.enter ? kRestartInParts : kRestart;
+    const size_t count = std::min(stretch, steps.size() - first);
     advance(steps.data() + first, count, parallel);
     first += count;
   }

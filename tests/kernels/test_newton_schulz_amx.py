@@ -130,6 +130,20 @@ def test_what_is_not_finite_stays_in_its_matrix(shape: tuple[int, int], poison: 
     assert o[1].isnan().all()
 
 
+@pytest.mark.parametrize("shape", [(40, 45), (40, 90), (90, 40)])
+def test_what_grows_without_bound_stays_in_its_matrix(shape: tuple[int, int], unit: str) -> None:
+    """Under coefficients that nobody would choose; a thread takes one matrix after the other through the same memory."""
+    u = torch.stack([random(*shape, dtype=torch.float32).cpu(), torch.zeros(shape)])
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        o = torch.ops.fedkernels.newton_schulz_cpp(u, [50.0, 50.0, 50.0] * 6, 1.0)
+    finally:
+        torch.set_num_threads(before)
+    assert o[0].isnan().any()
+    assert torch.equal(o[1], u[1])
+
+
 @pytest.mark.parametrize("shape", [(40, 40), (40, 140), (140, 40), (100, 101)])
 def test_bits_depend_neither_on_the_batch_nor_on_the_threads(shape: tuple[int, int], unit: str) -> None:
     """Threads share matrices, or the panels of one matrix where there are fewer of them."""

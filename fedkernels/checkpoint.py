@@ -178,7 +178,7 @@ def _load(path: Path, names: list[str], written: Cut, engine: Engine) -> None:
             owner = group % engine.collectives.world_size
             with safe_open(path / name, "pt") as page:
                 clients = page.get_tensor("ids").tolist()
-                engine.owners.update(dict.fromkeys(clients, owner))
+                engine.placement.owners.update(dict.fromkeys(clients, owner))
                 if owner != engine.collectives.rank:
                     continue
                 rows = page.get_tensor("rows").unflatten(1, (kept, -1))

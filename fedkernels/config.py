@@ -30,8 +30,11 @@ from .data import DATASETS, PARTITIONS
 from .data.datasets import Dataset
 from .data.partition import Partition
 from .data.tokens import Tokens
+from .federated.behind import Overlap
+from .federated.closing import DropSlowest
 from .federated.codecs import CODECS
 from .federated.evaluators import EvaluatorName
+from .federated.hierarchy import AllReduce
 from .federated.objective import Precision
 from .federated.parallel import DeepSpeedSettings, Sharding
 from .federated.schedule import LrSchedule
@@ -109,8 +112,12 @@ class Config:
         clients_per_batch: clients a rank trains at once; null lets the evaluator decide.
         microbatch_size: samples of a mini-batch that go forward and backward at once, to save memory; null for all.
         placement: balance ranks by estimated work, or also by measured speed.
+        drop_slowest: sample more clients than the cohort, and leave out those that report last; null waits for all.
+        overlap: take in what clients send while the next ones train; auto where the node has a core to spare.
         reduce_dtype: of sums over clients; float64 hides rank count and order, float32 halves link bytes.
         reduction: exact sums over clients are the same bits on any number of ranks, at twice the link bytes of float64.
+        all_reduce: hierarchical sums over the ranks of every node, then across nodes, where gloo's flat one is a ring
+            over all ranks; NCCL does so by itself. The nodes must have as many ranks each.
         on_nonfinite: what a client that sends NaN or infinity does to the run.
         kernels: what optimizer steps and the other ops run on; auto takes the fastest backend that can run each.
         device: where clients train.
@@ -150,8 +157,11 @@ class Config:
     clients_per_batch: Count | None = None
     microbatch_size: Count | None = None
     placement: Literal["estimated", "measured"] = "estimated"
+    drop_slowest: DropSlowest | None = None
+    overlap: Overlap = "auto"
     reduce_dtype: Literal["float64", "float32"] = "float64"
     reduction: Literal["exact", "fast"] = "fast"
+    all_reduce: AllReduce = "flat"
     on_nonfinite: Literal["error", "drop_client"] = "error"
     kernels: KernelsName = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -169,6 +179,14 @@ class Config:
     def __post_init__(self) -> None:
         if self.cohort > self.clients:
             raise ConfigError(f"cohort: {self.cohort} is more than the number of clients, {self.clients}")
+        if self.drop_slowest is not None:
+            if (sampled := self.drop_slowest.sampled(self.cohort)) > self.clients:
+                raise ConfigError(
+                    f"drop_slowest.over_sampling: {self.drop_slowest.over_sampling:g} samples {sampled} clients for a "
+                    f"cohort of {self.cohort}, more than the number of clients, {self.clients}"
+                )
+            if self.sampling == "poisson":
+                raise ConfigError("drop_slowest: a Poisson cohort has no size to fill; use sampling: uniform")
         if self.local_steps is None and self.local_epochs is None:
             raise ConfigError("local_steps: missing; set local_steps, local_epochs or both")
         if self.reduction == "exact" and self.reduce_dtype != "float64":

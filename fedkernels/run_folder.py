@@ -35,6 +35,8 @@ FREE_KEYS = {
     "keep_checkpoints",
     "store_memory_bytes",
     "timeout_s",
+    "all_reduce",
+    "overlap",
     "on_nonfinite",
     "sharding",
     "shard_size",

@@ -109,7 +109,11 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
     """
     device = pick_device(config.device)
     with join(
-        device, config.timeout_s, faults.from_environment(config.run_dir), shard_size=config.shard_size
+        device,
+        config.timeout_s,
+        faults.from_environment(config.run_dir),
+        shard_size=config.shard_size,
+        all_reduce=config.all_reduce,
     ) as collectives:
         return _train(config, device, collectives, resume)
 
@@ -134,6 +138,11 @@ def _train(config: Config, device: torch.device, collectives: Collectives, resum
     if collectives.group.size > 1:
         ranks += f" in groups of {collectives.group.size} by {config.sharding}"
     notes.append(f"{ranks} on {device.type}, {engine.layout.whole.d:,} parameters")
+    if config.all_reduce == "hierarchical":
+        how, levels = "flat: there is one node, or one rank on each", collectives.hierarchy
+        if levels is not None:
+            how = f"in {levels.nodes} nodes of {levels.ranks}, then across"
+        notes.append(f"all-reduce {how}")
     notes.append(f"evaluator {choice.evaluator}, {choice.clients_per_batch} client(s) at once: {choice.why}")
     notes += codec_notes(engine.wires, engine.layout)
     if engine.mechanism is not None:
@@ -189,7 +198,7 @@ class _Log:
     """
 
     def __init__(self, config: Config, engine: Engine, rounds: int, notes: list[str]) -> None:
-        self._engine = engine
+        self._engine, self._config = engine, config
         self._writer = MetricsWriter(config.run_dir)
         self._writer.truncate_after(engine.round)
         self._failure: OSError | None = None
@@ -206,6 +215,9 @@ class _Log:
         self.progress.update(row)
         for line in self._engine.dropped:
             self.progress.note(f"{line}: left out")
+        if self._config.drop_slowest is not None and row["cohort"] < self._config.cohort:
+            late = ", ".join(map(str, self._engine.late))
+            self.progress.note(f"round {row['round']} closed at its deadline without clients {late}")
 
     def check(self) -> None:
         if self._failure is not None:

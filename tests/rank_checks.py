@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from cases import CASES
 from support import tiny_engine, tiny_model
 from torch import Tensor
@@ -16,7 +20,9 @@ from fedkernels.algorithms import DpFedAvg, FedAvg
 from fedkernels.config import load
 from fedkernels.contract import Task, Vectors
 from fedkernels.federated.aggregate import Aggregator, ExactSumError
+from fedkernels.federated.closing import DropSlowest
 from fedkernels.federated.collectives import Collectives
+from fedkernels.federated.schedule import place
 from fedkernels.privacy.mechanism import Privacy
 from fedkernels.train import build
 from fedkernels.wire import Wire
@@ -55,8 +61,99 @@ def each_collective(collectives: Collectives) -> dict[str, Any]:
     return out
 
 
+def closing_on_ranks(everyone: Collectives, shard_size: int, policy: dict[str, float], slow_s: float) -> dict[str, Any]:
+    """A round that may close early, of which the last rank sleeps some seconds."""
+    collectives = Collectives(shard_size=shard_size)
+    at = collectives.at
+
+    def slow_at(round: int, stage: str) -> None:
+        at(round, stage)
+        if stage == "train" and everyone.rank == everyone.world_size - 1:
+            time.sleep(slow_s)
+
+    collectives.at = slow_at  # type: ignore[method-assign]
+    engine = tiny_engine(
+        FedAvg(),
+        collectives=collectives,
+        cohort=6,
+        drop_slowest=DropSlowest(**policy),
+        sharding="ddp" if shard_size > 1 else "none",
+    )
+    ids, _ = engine.draw_cohort()
+    costs = engine.batches.steps(ids).astype(float).tolist()
+    placed = place(ids, costs, {}, [1.0] * collectives.world_size)
+    row = engine.run_round()
+    return {
+        "x": engine.server.x.numpy().copy(),
+        "late": sorted(engine.late),
+        "cohort": row["cohort"],
+        "placed": [[ids[p] for p in positions] for positions in placed],
+    }
+
+
 def block_plan() -> tuple[list[slice], list[list[int]]]:
     return [slice(0, 6), slice(6, 11), slice(11, 18), slice(18, 20)], [[0, 1, 2], [1, 2], [0], []]
+
+
+LENGTHS = [0, 1, 2, 3, 5, 64, 1001]
+
+
+def terms_of(rank: int, n: int, dtype: torch.dtype) -> Tensor:
+    """What a rank adds to a sum `[n]`: integers that overflow when they meet, floats of which every sum rounds."""
+    g = torch.Generator().manual_seed(1000 * rank + n)
+    if dtype == torch.int64:
+        return torch.randint(-(2**62), 2**62, (n,), generator=g)
+    return torch.randn(n, generator=g, dtype=dtype) * 10.0 ** torch.randint(-3, 3, (n,), generator=g)
+
+
+def on_nodes(collectives: Collectives, nodes: Sequence[int], shard_size: int = 1) -> Collectives:
+    """Ranks that sum in levels, the node of each being what torchrun would say."""
+    os.environ["GROUP_RANK"] = str(nodes[collectives.process_rank])
+    return Collectives(shard_size=shard_size, all_reduce="hierarchical")
+
+
+def sums_in_levels(everyone: Collectives, cases: Sequence[tuple[Sequence[int], int]]) -> list[dict[str, Any]]:
+    """For nodes and a shard size each: sums of every length and type, bytes on links, and torch's collectives."""
+    called: list[str] = []
+    for name in ("all_reduce", "all_to_all_single"):
+        setattr(dist, name, _counted(getattr(dist, name), name, called))
+    return [_sums(on_nodes(everyone, nodes, shard_size), called) for nodes, shard_size in cases]
+
+
+def _sums(collectives: Collectives, called: list[str]) -> dict[str, Any]:
+    levels = collectives.hierarchy
+    out: dict[str, Any] = {"levels": None if levels is None else (levels.nodes, levels.ranks)}
+    for dtype in (torch.int64, torch.float64, torch.float32):
+        for n in LENGTHS:
+            bucket, collectives.link_bytes = terms_of(collectives.process_rank, n, dtype), 0
+            called.clear()
+            assert collectives.all_reduce(bucket) is bucket
+            out[f"{dtype} {n}"] = (bucket.numpy().copy(), collectives.link_bytes, list(called))
+    return out
+
+
+def _counted(function: Callable[..., Any], name: str, called: list[str]) -> Callable[..., Any]:
+    def count(*arguments: Any, **options: Any) -> Any:
+        called.append(name)
+        return function(*arguments, **options)
+
+    return count
+
+
+def refused_levels(everyone: Collectives, cases: Sequence[tuple[Sequence[int], int]]) -> list[str]:
+    """What a rank says of nodes and shard sizes that do not go with a hierarchical sum."""
+    said = []
+    for nodes, shard_size in cases:
+        try:
+            on_nodes(everyone, nodes, shard_size)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def exact_in_levels(everyone: Collectives, nodes: Sequence[int], names: list[str]) -> dict[str, Any]:
+    """`exact_on_ranks` with hierarchical sums."""
+    return exact_on_ranks(on_nodes(everyone, nodes), names)
 
 
 def engine_on_ranks(collectives: Collectives) -> dict[str, Any]:

@@ -287,8 +287,15 @@ def protocol_bytes(
     layout: Layout,
     blocks: Sequence[int | None],
     itemsize: int,
+    *,
+    sampled: int | None = None,
 ) -> tuple[int, int]:
-    """Bytes a real federation sends in a round, `(up, down)`, for a cohort with these blocks (None: whole wires)."""
+    """Bytes a real federation sends in a round, `(up, down)`.
+
+    Args:
+        blocks: of every client that reports, None where wires are whole.
+        sampled: clients that the model was sent to; None for those that report.
+    """
     up = 0
     for wire in wires.values():
         if wire.diagnostic:
@@ -296,5 +303,5 @@ def protocol_bytes(
         for block, clients in Counter(blocks).items():
             payload = wire.payload(layout, block)
             up += clients * (wire.codec.n_bytes(payload, itemsize) if wire.codec else payload.size * itemsize)
-    down = len(blocks) * sum(server[name].numel() for name in algorithm_down)
-    return up, down * itemsize
+    down = sum(server[name].numel() for name in algorithm_down)
+    return up, (len(blocks) if sampled is None else sampled) * down * itemsize

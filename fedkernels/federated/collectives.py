@@ -1,7 +1,7 @@
 """What ranks exchange: one bucket and one collective a round, block slices among their holders, client state moves.
 
 Every method does nothing on one rank, and every byte it puts on a link is added to `link_bytes`, summed over ranks:
-a ring all-reduce of n bytes moves 2(W−1)n in all, a broadcast (W−1)n, a point-to-point message n.
+an all-reduce of n bytes, a ring or hierarchical, moves 2(W−1)n in all, a broadcast (W−1)n, a point-to-point message n.
 
 Every collective ends within the time-out of the process group, and where it fails, the ranks at fault are named.
 
@@ -20,12 +20,14 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_default_store
 
 from ..faults import Faults
 from .attempt import meet
 from .groups import ClientGroup
 from .guard import Guard
+from .hierarchy import AllReduce, Hierarchy, levels, node_name
 from .watch import LostRankError, Watch
 
 T = TypeVar("T")
@@ -39,15 +41,18 @@ class Collectives:
         faults: that are to happen to this rank, in tests.
         shard_size: ranks that train one client together; consecutive ranks form a group, so that one lies in a node.
         timeout: of what a group, or a shard of all groups, exchanges; None for the backend's own.
+        all_reduce: `flat` leaves it to the backend; `hierarchical` sums in every node, then across nodes, which are
+            found out by host name and by torchrun's agent, and is flat on one node or with one rank on each.
 
     Raises:
         LostRankError: by every collective, where another rank fails, dies, or does not come to it in time.
-        ValueError: the ranks do not make whole groups.
+        ValueError: the ranks do not make whole groups, or are not spread evenly for a hierarchical all-reduce.
 
     Attributes:
         rank, world_size: of groups; of ranks where groups are single ranks.
         group: the ranks of this rank's group.
         across: the ranks with this shard in all groups; None for all ranks.
+        hierarchy: the ranks in this node and across nodes; None where an all-reduce is flat.
         process_rank, processes: of ranks.
         leader: whether this is the first rank of all.
     """
@@ -59,6 +64,7 @@ class Collectives:
         *,
         shard_size: int = 1,
         timeout: timedelta | None = None,
+        all_reduce: AllReduce = "flat",
     ) -> None:
         self.on = dist.is_available() and dist.is_initialized()
         self.process_rank = dist.get_rank() if self.on else 0
@@ -79,8 +85,14 @@ class Collectives:
             groups = [dist.new_group(list(ranks[g : g + shard_size]), timeout) for g in ranks[::shard_size]]
             self.across = [dist.new_group(list(ranks[j::shard_size]), timeout) for j in range(shard_size)][shard]
             self.group = ClientGroup(shard, shard_size, groups[self.rank], self._guard)
+        self.hierarchy: Hierarchy | None = None
+        if all_reduce == "hierarchical":
+            inside, across = levels(self.gather(node_name()), shard_size)
+            if len(inside[0]) > 1 and len(across[0]) > 1:
+                self.hierarchy = Hierarchy(inside, across, self.process_rank, timeout, self._guard)
         self.link_bytes = 0
         self.watch, self.faults = watch, faults
+        self._counts: Any = PrefixStore("counts", _get_default_store() if self.processes > 1 else HashStore())
 
     def __enter__(self) -> Self:
         return self
@@ -102,11 +114,14 @@ class Collectives:
         return group * self.group.size + self.group.index
 
     def all_reduce(self, bucket: Tensor) -> Tensor:
-        """Sum `bucket` over ranks, in place."""
+        """Sum the flat `bucket` over ranks, in place."""
         if self.world_size > 1:
-            with self._guard.named():
-                self._guard.arrive(bucket.device)
-                self._guard.finish(dist.all_reduce(bucket, group=self.across, async_op=True), bucket.device)
+            if self.hierarchy is not None:
+                self.hierarchy.sum(bucket)
+            else:
+                with self._guard.named():
+                    self._guard.arrive(bucket.device)
+                    self._guard.finish(dist.all_reduce(bucket, group=self.across, async_op=True), bucket.device)
             self.link_bytes += 2 * (self.world_size - 1) * bucket.numel() * bucket.element_size()
         return bucket
 
@@ -201,6 +216,19 @@ class Collectives:
                 raise other
         return outcome
 
+    def count(self, what: str, more: int) -> int:
+        """Add to a number that all ranks share, without waiting for any of them; returns what it is now.
+
+        Raises:
+            LostRankError: the store of the job cannot be reached.
+        """
+        with self._guard.named(by_all=False):
+            return int(self._counts.add(what, more))
+
+    def forget(self, what: str) -> None:
+        """Drop a shared number."""
+        self._counts.delete_key(what)
+
     def gather(self, value: Any) -> list[Any]:
         """A small picklable value of every rank of every group, in rank order; for agreement, never for payloads."""
         if self.processes == 1:
@@ -212,7 +240,12 @@ class Collectives:
 
 
 def join(
-    device: torch.device, timeout_s: float = 600.0, faults: Faults | None = None, *, shard_size: int = 1
+    device: torch.device,
+    timeout_s: float = 600.0,
+    faults: Faults | None = None,
+    *,
+    shard_size: int = 1,
+    all_reduce: AllReduce = "flat",
 ) -> Collectives:
     """Join the process group that torchrun announces in the environment, or stay a single process.
 
@@ -220,15 +253,16 @@ def join(
         timeout_s: longest a rank waits for the others, at the start and in every collective.
         faults: that are to happen to this rank, in tests.
         shard_size: ranks that train one client together.
+        all_reduce: as `Collectives`.
 
     Raises:
         LostRankError: a rank did not start in time.
-        ValueError: the ranks do not make whole groups.
+        ValueError: the ranks do not make whole groups, or are not spread evenly for a hierarchical all-reduce.
     """
     if "WORLD_SIZE" not in os.environ or not dist.is_available():
-        return Collectives(faults=faults, shard_size=shard_size)
+        return Collectives(faults=faults, shard_size=shard_size, all_reduce=all_reduce)
     if dist.is_initialized():
-        return Collectives(faults=faults, shard_size=shard_size)
+        return Collectives(faults=faults, shard_size=shard_size, all_reduce=all_reduce)
     rank, world_size, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=timeout_s)
     # torchrun's agent holds the store, and keeps it when it starts the ranks anew; without one the first rank does.
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -244,7 +278,7 @@ def join(
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     group = PrefixStore(f"{prefix}/group", store)
     dist.init_process_group(backend, timeout=timeout, store=group, rank=rank, world_size=world_size)
-    collectives = Collectives(watch, faults, shard_size=shard_size, timeout=timeout)
+    collectives = Collectives(watch, faults, shard_size=shard_size, timeout=timeout, all_reduce=all_reduce)
     # NCCL wants all ranks of a process group in its first operation, and a move of client state has two of them.
     if device.type == "cuda":
         dist.all_reduce(torch.zeros(1, device=device))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..contract import Algorithm, Batch, Round, Vectors
+from ..contract import Algorithm, Round, Vectors
 from ..data.partition import Partition
 from ..formats import format_epsilon
 from ..kernels.dispatch import Kernels
@@ -22,20 +23,23 @@ from ..privacy.accountant import Accountant
 from ..privacy.mechanism import GaussianMechanism, check
 from .aggregate import Aggregator, protocol_bytes
 from .batches import Batches
+from .behind import Behind, spare_core
+from .closing import Closing, RoundClosedError
 from .codecs import Encoder, with_codec
 from .collectives import Collectives
-from .evaluators import BoundModule, Choice, Evaluator, choose, make_evaluator
+from .evaluators import BoundModule, Choice, Evaluator, make_evaluator
+from .intake import DROPPED, LATE, N_SLOTS, STOP, Intake, Upload
 from .objective import Objective
 from .parallel import DataParallel, ShardedLoop, ShardedModule, check_shardable, cut_of, shard
-from .schedule import assign_blocks, learning_rate, place, sample_cohort
+from .placement import Placement
+from .schedule import assign_blocks, learning_rate, sample_cohort
 from .settings import EngineSettings
+from .settling import settle
 from .sharding import WHOLE, ShardedLayout
 from .store import ClientStore
 from .task import LocalTask
 
 EVAL_BATCH = 256
-# The engine's own numbers in the bucket; busy seconds of every rank and work of every rank follow.
-LOSS_SUM, LOSS_COUNT, CLIENTS, STEPS, DROPPED, STOP, N_SLOTS = range(7)
 
 
 class NonFiniteUpdateError(FloatingPointError):
@@ -61,6 +65,8 @@ class Engine:
 
     Attributes:
         mechanism, accountant: of private wires; None without privacy.
+        dropped: a line for each client that sent NaN or infinity in the last round.
+        late: clients of the last round that had not reported when it closed.
         kernels: the backends of ops, and what they ran on so far.
 
     Example:
@@ -98,7 +104,7 @@ class Engine:
         self.wires = with_codec(algorithm.up(self.layout), settings.codec)
         if self.cut != WHOLE:
             check_shardable(settings.sharding, algorithm, self.wires)
-        self._encoder = Encoder(self.wires, self.layout, settings.seed)
+        encoder = Encoder(self.wires, self.layout, settings.seed)
         self.round = 0
         self.mechanism: GaussianMechanism | None = None
         self.accountant: Accountant | None = None
@@ -116,14 +122,16 @@ class Engine:
         self.stop_requested = False  # by this rank, at any moment
         self.stop_agreed = False  # by all ranks, with the last round
         self.dropped: list[str] = []
-        self.owners: dict[int, int] = {}
+        self.late: list[int] = []
+        self._worked = 0  # local steps begun in this round by clients of this rank
         self.store = ClientStore(
-            (*algorithm.keep, *self._encoder.residuals.values()),
+            (*algorithm.keep, *encoder.residuals.values()),
             self.layout.d,
             x.dtype,
             directory / f"rank{self.collectives.process_rank}",
             settings.store_memory_bytes,
         )
+        self.placement = Placement(self.store, self.collectives, measured=settings.placement == "measured")
         self.kernels = Kernels(settings.kernels)
         exact = {"exact_add": EXACT_RULES} if settings.reduction == "exact" else {}
         self.kernels.check(x.device.type, x.dtype, self.layout.d, exact)
@@ -132,7 +140,6 @@ class Engine:
             self._bound = shard(objective, self.layout, settings.sharding, self.collectives, settings.deepspeed)
         else:
             self._bound = BoundModule(objective, self.layout)
-        self._speeds = [1.0] * self.collectives.world_size
         self._gradients = x.new_empty(0, self.layout.d)
         self._sliced = any(wire.only_block for wire in self.wires.values())
         self._aggregator = Aggregator(
@@ -144,6 +151,12 @@ class Engine:
             self.mechanism,
             self.collectives.group,
         )
+        by_samples = settings.weighting == "samples"
+        self._intake = Intake(encoder, self._aggregator, self.store, self.sizes if by_samples else None)
+        self._closing = Closing(settings.drop_slowest, settings.cohort, self.collectives, x.device)
+        # Ranks of a group would meet for jobs and for training in an order that is not the same on all.
+        able = self.collectives.group.size == 1 and settings.overlap != "never"
+        self._overlaps = able and (settings.overlap == "always" or spare_core(torch.get_num_threads()))
         self._evaluator: Evaluator | None = None
         self.choice: Choice | None = None
 
@@ -151,6 +164,10 @@ class Engine:
         cohort, ranks, shards = self.settings.cohort, self.collectives.world_size, self.collectives.group.size
         if not 1 <= cohort <= self.population:
             raise ValueError(f"cohort is {cohort}, expected 1 to the number of clients, {self.population}")
+        if (sampled := self.settings.sampled) > self.population:
+            raise ValueError(
+                f"drop_slowest: {sampled} clients to sample for a cohort of {cohort}, of {self.population}"
+            )
         if ranks > cohort:
             who = "ranks" if shards == 1 else f"groups of {shards} ranks"
             raise ValueError(f"{ranks} {who} for a cohort of {cohort}: some would have no client; start fewer ranks")
@@ -171,6 +188,8 @@ class Engine:
         )
         if privacy is None:
             return
+        if settings.drop_slowest is not None:
+            raise ValueError("drop_slowest: who is heard would depend on data, which no ε counts; leave it null")
         if privacy.noise == "secure" and self.collectives.group.size > 1:
             raise ValueError("privacy.noise: 'secure' would differ among the ranks of a client group; use seeded noise")
         self.mechanism = GaussianMechanism(privacy, divisor=settings.cohort, run=run)
@@ -220,27 +239,10 @@ class Engine:
             return make_evaluator(choice, self.objective, self.layout, bound, self.settings.microbatch_size)
 
         if choice is None:
-            most = -(-self.settings.cohort // self.collectives.world_size)
-            largest = np.argsort(-self.sizes[: 4 * most], kind="stable")[:most]
-
-            def sample(clients: int) -> Batch:
-                return next(iter(self.batches.draw(largest[:clients].tolist(), 0)))
-
-            mine: Choice | ValueError | None = None
-            if self.collectives.leader:
-                evaluator, per_batch = self.settings.evaluator, self.settings.clients_per_batch
-                try:
-                    mine = choose(evaluator, per_batch, most, self.server.x, sample, make)
-                except ValueError as error:
-                    mine = error
             secret = None if self.mechanism is None else self.mechanism.seed
-            decided, secret = self.collectives.gather((mine, secret))[0]
+            choice, secret = settle(self.settings, self.server.x, self.batches, make, self.collectives, secret)
             if self.mechanism is not None and secret is not None:
                 self.mechanism.seed = secret
-            if isinstance(decided, ValueError):
-                raise decided
-            choice = decided
-        assert choice is not None
         self.choice, self._evaluator = choice, make(choice)
         if self.collectives.group.size > 1:
             self._evaluator = DataParallel(self._evaluator, self.collectives.group)
@@ -273,30 +275,28 @@ class Engine:
         private = self.mechanism is not None
         nominal = self.nominal_round(len(ids), lr)
         costs = self.batches.steps(ids).astype(float).tolist()
-        placed = place(ids, costs, self.owners, self._speeds)
+        placed = self.placement.place(ids, costs)
         self.collectives.at(self.round + 1, "move")
-        self._move(ids, placed)
+        self.placement.move(ids, placed, self.objective.device)
 
         aggregator = self._aggregator
         aggregator.reset(len(ids))
-        down = self.down()
-        bad: list[str] = []
+        self._closing.open(self.round)
         self.collectives.at(self.round + 1, "train")
         busy_start = time.perf_counter()
-        mine = placed[rank]
-        for first in range(0, len(mine), choice.clients_per_batch):
-            positions = mine[first : first + choice.clients_per_batch]
-            bad += self._train(positions, ids, blocks, down, nominal, aggregator)
+        # Where some may be late, those with least work come first.
+        mine = placed[rank] if settings.drop_slowest is None else placed[rank][::-1]
+        bad, late = self._train_and_take(mine, ids, blocks, nominal, choice.clients_per_batch)
         if self.objective.device.type == "cuda":
             torch.cuda.synchronize(self.objective.device)
         slots = aggregator.slots
         # Either may differ within a group, and what its ranks tell the others must not.
         asked = slots.new_tensor([float(self.stop_requested), time.perf_counter() - busy_start])
         self.collectives.group.sum(asked).div_(self.collectives.group.size)
-        slots[DROPPED] = len(bad)
+        slots[DROPPED], slots[LATE] = len(bad), len(late)
         slots[STOP] = asked[0]
         slots[N_SLOTS + rank] = asked[1]
-        slots[N_SLOTS + world + rank] = sum(costs[p] for p in mine)
+        slots[N_SLOTS + world + rank] = self._worked
         holders = [
             [w for w in range(world) if any(blocks[p] == b for p in placed[w])] for b in range(self.layout.n_blocks)
         ]
@@ -304,15 +304,18 @@ class Engine:
             aggregator.add_noise(self.round)
         self.collectives.at(self.round + 1, "reduce")
         agg = aggregator.reduce(self.collectives, holders)
-        loss_sum, loss_count, clients, steps, dropped, stop, *per_rank = slots.tolist()
+        self._closing.forget()
+        loss_sum, loss_count, clients, steps, dropped, missed, stop, *per_rank = slots.tolist()
         self.dropped = []
-        if dropped:
-            texts = self.collectives.gather(bad)[:: self.collectives.group.size]  # all ranks of a group say the same
-            self.dropped = [line for lines in texts for line in lines]
+        if dropped or missed:
+            told = self.collectives.gather((bad, late))[:: self.collectives.group.size]  # all of a group say the same
+            self.dropped = [line for lines, _ in told for line in lines]
+            late = [position for _, positions in told for position in positions]
+        self.late = [ids[position] for position in late]
         if dropped and settings.on_nonfinite == "error":
             raise NonFiniteUpdateError("; ".join(self.dropped))
         self.stop_agreed = stop > 0
-        metrics: dict[str, float | None] = {}
+        metrics: dict[str, float | None] = {} if settings.drop_slowest is None else {"late": len(late)}
         self.collectives.at(self.round + 1, "server")
         # Under privacy an empty cohort is a round like any other: to skip it would tell that it was empty.
         if clients or private:
@@ -325,10 +328,17 @@ class Engine:
             if rank == 0:
                 metrics |= {"epsilon": self.accountant.epsilon(), "epsilon_rdp": self.accountant.epsilon(method="rdp")}
                 metrics |= aggregator.diagnostics(int(clients))
-        self._note_speeds(per_rank[:world], per_rank[world:])
+        self.placement.note(per_rank[:world], per_rank[world:])
         self.round += 1
+        reported = [block for position, block in enumerate(blocks) if position not in late]
         up_bytes, down_bytes = protocol_bytes(
-            self.algorithm.down, self._sizes, self.wires, self.layout.whole, blocks, self.server.x.element_size()
+            self.algorithm.down,
+            self._sizes,
+            self.wires,
+            self.layout.whole,
+            reported,
+            self.server.x.element_size(),
+            sampled=len(ids),
         )
         round_s = time.perf_counter() - start
         busiest = max(per_rank[:world])
@@ -352,20 +362,51 @@ class Engine:
         settings = self.settings
         # The initial model tells the run's seed, and ε counts on a cohort that nobody knows.
         seed = settings.seed if self.mechanism is None else self.mechanism.seed
-        ids = sample_cohort(settings.sampling, seed, self.round, self.population, settings.cohort).tolist()
+        ids = sample_cohort(settings.sampling, seed, self.round, self.population, settings.sampled).tolist()
         if not self._sliced:
             return ids, [None] * len(ids)
         return ids, assign_blocks(settings.seed, self.round, len(ids), self.layout.n_blocks).tolist()
 
     def nominal_round(self, sampled: int, lr: float) -> Round:
         """The round that is next, as its clients see it."""
-        # How many came is private too: where privacy is asked for, nobody is told but the metrics.
-        cohort = sampled if self.mechanism is None else self.settings.cohort
+        # How many came is private too: where privacy is asked for, nobody is told but the metrics. Nor do clients know
+        # how many of those sampled will be heard.
+        known = self.mechanism is None and self.settings.drop_slowest is None
+        cohort = sampled if known else self.settings.cohort
         return Round(self.round, cohort, self.population, self.nominal_steps, lr)
 
     def down(self) -> Vectors:
         """What of the server state clients receive."""
         return Vectors({name: self.server[name] for name in self.algorithm.down}, what="the down wires", read_only=True)
+
+    def _train_and_take(
+        self,
+        mine: Sequence[int],
+        cohort: Sequence[int],
+        blocks: Sequence[int | None],
+        nominal: Round,
+        together: int,
+    ) -> tuple[list[str], list[int]]:
+        """Train this rank's positions of the cohort and take in what their clients send.
+
+        Returns:
+            A line for each client that sent NaN or infinity, and the positions of those that were late.
+        """
+        down = self.down()
+        late: list[int] = []
+        self._worked = 0
+        on_thread = self._overlaps and len(mine) > together
+        with Behind[list[str]](self.objective.device, on=on_thread) as behind:
+            for first in range(0, len(mine), together):
+                positions = mine[first : first + together]
+                try:
+                    upload = self._train(positions, cohort, blocks, down, nominal)
+                except RoundClosedError:
+                    late += positions
+                else:
+                    behind(partial(self._intake.take, upload, self.round))
+        self._intake.missed([cohort[p] for p in late])
+        return [line for lines in behind.results for line in lines], late
 
     def _train(
         self,
@@ -374,13 +415,13 @@ class Engine:
         blocks: Sequence[int | None],
         down: Vectors,
         nominal: Round,
-        aggregator: Aggregator,
-    ) -> list[str]:
-        """Train the clients at some positions of the cohort and add what they send.
+    ) -> Upload:
+        """Train the clients at some positions of the cohort.
 
-        Returns:
-            A line for each that sent NaN or infinity.
+        Raises:
+            RoundClosedError: before they were done.
         """
+        self._closing.check()
         assert self._evaluator is not None
         ids = [cohort[p] for p in positions]
         if len(self._gradients) != len(ids):
@@ -395,39 +436,34 @@ class Engine:
             self._evaluator,
             self._gradients,
             self.settings.clip_norm,
+            self._closing.check,
         )
         stored = self.store.get(ids, self.server.x.device)
         keep = Vectors({name: stored[name] for name in self.algorithm.keep}, what="the client's kept state")
         versions = {name: value._version for name, value in down.items()}
-        up = self.algorithm.client(down, keep, task)
+        try:
+            up = self.algorithm.client(down, keep, task)
+            self._closing.check()
+        finally:
+            self._worked += task.steps_begun
+        self._closing.report(len(ids))
         if written := [name for name, value in down.items() if value._version != versions[name]]:
             raise RuntimeError(f"{type(self.algorithm).__name__}.client wrote to {', '.join(written)} in place")
         self._check_up(up, len(ids))
         if self.collectives.faults is not None:
             self.collectives.faults.spoil(up, self.round + 1)
-        if self._encoder:
-            up = self._encoder(up, ids, mine, self.round, stored)
-        stored |= {name: keep[name] for name in self.algorithm.keep}
-        by_samples = self.settings.weighting == "samples"
-        weights = self.sizes[ids].astype(float).tolist() if by_samples else [1.0] * len(ids)
-        finite = aggregator.add(up, weights, mine, positions)
-        steps = self.batches.steps(ids).tolist()
-        if self.store.names:
-            for c, client in enumerate(ids):
-                # Every client that has an owner has a row there, even one that was never heard.
-                heard = {name: stored[name][c : c + 1] for name in self.store.names}
-                self.store.put([client], heard if finite[c] else self.store.get([client]))
-        kept = torch.tensor(finite, device=task.loss_sum.device)
-        aggregator.tally(LOSS_SUM, torch.where(kept, task.loss_sum, 0))
-        aggregator.tally(LOSS_COUNT, torch.where(kept, task.loss_count, 0))
-        weighted = [w * k if sent else 0 for w, k, sent in zip(weights, steps, finite, strict=True)]
-        aggregator.tally(STEPS, aggregator.slots.new_tensor(weighted))
-        aggregator.slots[CLIENTS] += sum(finite)
-        return [
-            f"client {client} sent NaN or infinity in round {self.round + 1}"
-            for client, sent in zip(ids, finite, strict=True)
-            if not sent
-        ]
+        # The next clients get the same memory for their gradients.
+        memory = self._gradients.untyped_storage().data_ptr()
+        return Upload(
+            up={name: v.clone() if v.untyped_storage().data_ptr() == memory else v for name, v in up.items()},
+            kept=stored | {name: keep[name] for name in self.algorithm.keep},
+            positions=positions,
+            ids=ids,
+            blocks=mine,
+            steps=self.batches.steps(ids).tolist(),
+            loss_sum=task.loss_sum,
+            loss_count=task.loss_count,
+        )
 
     def _check_up(self, up: Mapping[str, Tensor], clients: int) -> None:
         expected = {name: (clients, wire.size(self.layout)) for name, wire in self.wires.items()}
@@ -446,35 +482,6 @@ class Engine:
             raise RuntimeError(f"{type(self.algorithm).__name__}.server returned {unknown}, which init did not declare")
         self.server.update(new)
         return metrics
-
-    def _move(self, ids: Sequence[int], placed: Sequence[Sequence[int]]) -> None:
-        """Bring kept state to the ranks that train its clients this round."""
-        if not self.store.names:
-            return
-        rank = self.collectives.rank
-        moves, moving = [], []
-        for target, positions in enumerate(placed):
-            for position in positions:
-                source = self.owners.get(ids[position])
-                if source is not None and source != target:
-                    moves.append((source, target))
-                    moving.append(ids[position])
-                self.owners[ids[position]] = target
-        device = self.objective.device
-        outgoing = [self.store.row(i).to(device) for i, move in zip(moving, moves, strict=True) if move[0] == rank]
-        incoming = [self.server.x.new_empty(self.store.width) for move in moves if move[1] == rank]
-        self.collectives.exchange(moves, self.store.width * self.server.x.element_size(), outgoing, incoming)
-        arrived = iter(incoming)
-        for client, (source, target) in zip(moving, moves, strict=True):
-            if source == rank:
-                self.store.drop(client)
-            elif target == rank:
-                self.store.put_row(client, next(arrived))
-
-    def _note_speeds(self, busy_s: Sequence[float], work: Sequence[float]) -> None:
-        if self.settings.placement == "measured" and all(s > 0 and w > 0 for s, w in zip(busy_s, work, strict=True)):
-            measured = [w / s for s, w in zip(busy_s, work, strict=True)]
-            self._speeds = [m if self.round == 0 else (v + m) / 2 for v, m in zip(self._speeds, measured, strict=True)]
 
     def _of_all_shards(self, link_bytes: int) -> int:
         counted = torch.tensor(float(link_bytes), dtype=torch.float64, device=self.objective.device)

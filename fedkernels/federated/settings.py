@@ -9,6 +9,8 @@ from ..kernels.dispatch import KernelsName
 from ..privacy.mechanism import Privacy
 from ..wire import Codec
 from .batches import LocalWork
+from .behind import Overlap
+from .closing import DropSlowest
 from .evaluators import EvaluatorName
 from .parallel import DeepSpeedSettings, Sharding
 from .schedule import LrSchedule
@@ -27,6 +29,8 @@ class EngineSettings:
         clients_per_batch: clients a rank trains at once; None lets the evaluator decide.
         placement: `estimated` balances local steps over ranks, `measured` also each rank's measured speed.
         microbatch_size: samples of a mini-batch that go forward and backward at once; None for all of them.
+        drop_slowest: sample more clients than the cohort, and leave out those that report last; None waits for all.
+        overlap: take in what clients send while the next ones train, on a thread; `auto` where a core is spare.
         reduce_dtype: of sums over clients; `float64` makes float32 results independent of ranks and their order.
         reduction: `exact` sums integers, whose sum no number and order of ranks can change; `fast` sums `reduce_dtype`.
         kernels: what optimizer steps and the other ops run on; `auto` takes the fastest backend that can run each.
@@ -50,6 +54,8 @@ class EngineSettings:
     clients_per_batch: int | None = None
     microbatch_size: int | None = None
     placement: Literal["estimated", "measured"] = "estimated"
+    drop_slowest: DropSlowest | None = None
+    overlap: Overlap = "auto"
     reduce_dtype: Literal["float64", "float32"] = "float64"
     reduction: Literal["exact", "fast"] = "fast"
     on_nonfinite: Literal["error", "drop_client"] = "error"
@@ -58,3 +64,8 @@ class EngineSettings:
     sharding: Sharding = "none"
     deepspeed: DeepSpeedSettings | None = None
     privacy: Privacy | None = None
+
+    @property
+    def sampled(self) -> int:
+        """Clients to sample in a round."""
+        return self.cohort if self.drop_slowest is None else self.drop_slowest.sampled(self.cohort)

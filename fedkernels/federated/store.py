@@ -36,7 +36,7 @@ class ClientStore:
         self.names = tuple(names)
         self.width = len(self.names) * d
         self._d = d
-        self._dtype = dtype
+        self.dtype = dtype
         self._directory = directory
         row_bytes = max(1, self.width * dtype.itemsize)
         self._rows_per_page = max(1, PAGE_BYTES // row_bytes)
@@ -57,7 +57,7 @@ class ClientStore:
 
     def get(self, clients: Sequence[int], device: torch.device | None = None) -> dict[str, Tensor]:
         """Copies `[C, d]` by name, zeros for clients never stored."""
-        rows = torch.zeros(len(clients), self.width, dtype=self._dtype)
+        rows = torch.zeros(len(clients), self.width, dtype=self.dtype)
         for c, client in enumerate(clients):
             if client in self._slots:
                 rows[c] = self.row(client)
@@ -99,14 +99,14 @@ class ClientStore:
     def _new_page(self) -> Tensor:
         shape = (self._rows_per_page, self.width)
         if len(self._pages) < self._pages_in_memory:
-            return torch.empty(shape, dtype=self._dtype)
+            return torch.empty(shape, dtype=self.dtype)
         self._directory.mkdir(parents=True, exist_ok=True)
         file = self._directory / f"page-{len(self._pages):06d}"
-        n_bytes = shape[0] * shape[1] * self._dtype.itemsize
+        n_bytes = shape[0] * shape[1] * self.dtype.itemsize
         with file.open("wb") as handle:
             # A full disk is an error here; written through a mapping it would be a bus error.
             os.posix_fallocate(handle.fileno(), 0, n_bytes)
-        mapped = torch.from_file(str(file), shared=True, size=shape[0] * shape[1], dtype=self._dtype).view(shape)
+        mapped = torch.from_file(str(file), shared=True, size=shape[0] * shape[1], dtype=self.dtype).view(shape)
         # The mapping keeps the pages alive; without a name they vanish with the process instead of littering the run.
         file.unlink()
         return mapped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,15 @@ from .evaluators import Evaluator
 
 
 class LocalTask:
-    """`Task` for the clients of one batch, see `fedkernels.contract`."""
+    """`Task` for the clients of one batch, see `fedkernels.contract`.
+
+    Args:
+        g: `[C, d]`, memory for gradients.
+        check: called before every local step, to raise where there is to be no further one.
+
+    Attributes:
+        steps_begun: local steps that were begun, summed over clients.
+    """
 
     def __init__(
         self,
@@ -29,6 +37,7 @@ class LocalTask:
         evaluator: Evaluator,
         g: Tensor,
         clip_norm: float,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.layout = layout
         self.round = r
@@ -40,13 +49,24 @@ class LocalTask:
         self._evaluator = evaluator
         self._g = g
         self._clip_norm = clip_norm
+        self._check = check
+        self._k = 0
         self._counted: Batch | None = None
-        self.steps = torch.as_tensor(batches.steps(clients), dtype=g.dtype, device=g.device)[:, None]
+        self._steps = batches.steps(clients)
+        self.steps = torch.as_tensor(self._steps, dtype=g.dtype, device=g.device)[:, None]
         self.loss_sum = torch.zeros(len(clients), dtype=g.dtype, device=g.device)
         self.loss_count = torch.zeros_like(self.loss_sum)
 
     def batches(self) -> Iterator[Batch]:
-        return self._batches
+        for batch in self._batches:
+            if self._check is not None:
+                self._check()
+            self._k += 1
+            yield batch
+
+    @property
+    def steps_begun(self) -> int:
+        return int(self._steps.clip(max=self._k).sum())
 
     def grad(self, y: Tensor, batch: Batch) -> Tensor:
         losses = self._evaluator(y, batch, self._g)

@@ -145,7 +145,10 @@ class Watch:
         self._changed.set()
         self._wait_until(lambda: self.verdict is not None, BEAT_S + CONFIRM_S)
         if self.verdict is None:
-            late = [rank for rank, place in self._table.items() if place.collectives < mine.collectives]
+            # Those with the fewest: between them and this rank are others that wait for them.
+            fewest = min((place.collectives for place in self._table.values()), default=mine.collectives)
+            behind = self._table if fewest < mine.collectives else {}
+            late = [rank for rank, place in behind.items() if place.collectives == fewest]
             if silent := self._silent(self._table, CONFIRM_S):
                 self._give_up(f"{say_ranks(silent)} died or cannot be reached: {self._whereabouts(silent)}")
             elif late:

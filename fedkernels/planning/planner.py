@@ -21,12 +21,13 @@ from ..data.datasets import Dataset
 from ..data.partition import Partition
 from ..federated.aggregate import protocol_bytes
 from ..federated.collectives import Collectives
-from ..federated.engine import N_SLOTS, Engine
+from ..federated.engine import Engine
 from ..federated.evaluators import Choice
+from ..federated.intake import N_SLOTS
 from ..federated.schedule import place
 from ..train import build
 from .memory import TensorPeak
-from .network import Network
+from .network import Backend, Network
 
 DRAWN_ROUNDS = 20  # over which predictions are means
 
@@ -85,6 +86,7 @@ class Planner:
         self._config, self._data = config, data
         self._engine, _, _ = build(config, Collectives(), data)
         self.layout = self._engine.layout
+        self.backend: Backend = "nccl" if self._engine.objective.device.type == "cuda" else "gloo"
         self.choice: Choice = self._engine.settle()
 
     def measure(self, *, budget_s: float = 5.0) -> Costs:
@@ -199,7 +201,8 @@ class Planner:
         if engine.mechanism is not None:
             numbers += len(blocks)
         bucket = numbers * itemsize + 8 * exact  # and one that tells of terms too large
-        seconds, n_bytes = network.all_reduce_s(bucket, ranks), 2 * (ranks - 1) * bucket
+        seconds = network.all_reduce_s(bucket, ranks, self._config.all_reduce, self.backend)
+        n_bytes = 2 * (ranks - 1) * bucket
         received = [0.0] * ranks
         for b in range(layout.n_blocks if sliced else 0):
             holders = [w for w, mine in enumerate(placed) if any(blocks[p] == b for p in mine)]

@@ -35,7 +35,8 @@ def plan(
         out: a JSON file to write.
 
     Raises:
-        ConfigError: ranks or clients that are no counts, or a `measured` file that is none.
+        ConfigError: ranks or clients that are no counts, ranks that do not fill nodes for a hierarchical all-reduce, or
+            a `measured` file that is none.
         ValueError, FileNotFoundError: as `train.build`.
     """
     for name, value in (("ranks", ranks), ("clients_per_rank", clients_per_rank)):
@@ -43,13 +44,23 @@ def plan(
             raise ConfigError(f"{name}: {value}, expected at least 1")
     if config.sharding != "none":
         raise ConfigError(f"sharding: {config.sharding}, but a plan is of clients on one rank each; expected none")
+    per_node = network.ranks_per_node
+    if config.all_reduce == "hierarchical" and ranks > per_node and ranks % per_node:
+        raise ConfigError(
+            f"ranks: {ranks}, expected a multiple of ranks_per_node: {per_node} with all_reduce: hierarchical"
+        )
+    if config.drop_slowest is not None:
+        raise ConfigError("drop_slowest: a plan is of rounds that wait for all clients; expected null")
     earlier = None if measured is None else _read_costs(measured)
     data, notes = _data(config)
     planner = Planner(config, data)
     costs = earlier or planner.measure()
-    fixed = [n for n in scales(ranks) if n <= config.cohort]
+    tried = scales(ranks)
+    if config.all_reduce == "hierarchical":
+        tried = [n for n in tried if n <= per_node or n % per_node == 0]
+    fixed = [n for n in tried if n <= config.cohort]
     predictions = [planner.predict(n, costs, network) for n in fixed]
-    grown = [] if clients_per_rank is None else scales(ranks)
+    grown = [] if clients_per_rank is None else tried
     weak = [planner.predict(n, costs, network, clients_per_rank=clients_per_rank) for n in grown]
     memory = planner.memory_bytes(ranks)
     choice = planner.choice
@@ -59,7 +70,8 @@ def plan(
         f"{'measured here' if measured is None else f'from {measured}'}: {1e3 * costs.round_s:.3g} ms a round, "
         f"{1e3 * costs.client_s:.3g} ms a client, {1e3 * costs.step_s:.3g} ms a local step",
         f"network: {network.ranks_per_node} ranks a node, {network.node_gb_s:g} GB/s inside, "
-        f"{network.link_gb_s:g} GB/s across, {network.latency_us:g} µs",
+        f"{network.link_gb_s:g} GB/s across, {network.latency_us:g} µs; {config.all_reduce} all-reduce by "
+        f"{planner.backend}",
         f"memory of a rank: server vectors {_bytes(memory['server'])}, at most {_bytes(memory['training'])} more while "
         f"clients train" + (f", {_bytes(memory['clients'])} kept for clients seen" if memory["clients"] else ""),
         "",

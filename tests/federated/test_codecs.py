@@ -16,6 +16,7 @@ from fedkernels.algorithms import FedAdamW, FedAvg, FedBcgd, FedBcgdPlus, FedLad
 from fedkernels.contract import Algorithm, Task, Vectors
 from fedkernels.federated.codecs import CODECS, Bf16, Encoder, Int8, LowRank, TopK, codec_notes, with_codec
 from fedkernels.federated.engine import Engine, NonFiniteUpdateError
+from fedkernels.federated.intake import Upload
 from fedkernels.federated.schedule import assign_blocks, place, sample_cohort
 from fedkernels.kernels.round_tail import Draws
 from fedkernels.layout import Layout, Role, Slab
@@ -337,32 +338,24 @@ class Recorder:
     def __init__(self, engine: Engine) -> None:
         self.meant: dict[int, Tensor] = {}
         self.summed: dict[int, Tensor] = {}
-        layout, add, algorithm = engine.layout, engine._aggregator.add, type(engine.algorithm)
-        engine_ids: list[int] = []
-        train = engine._train
+        layout, take, add = engine.layout, engine._intake.take, engine._aggregator.add
 
-        def spied_train(positions: list[int], cohort: list[int], *rest: Any) -> list[str]:
-            engine_ids[:] = [cohort[p] for p in positions]
-            return train(positions, cohort, *rest)
-
-        def client(this: Algorithm, s: Vectors, k: Vectors, task: Task) -> dict[str, Tensor]:
-            self._up = algorithm.client(this, s, k, task)
-            return self._up
+        def spied_take(upload: Upload, r: int) -> list[str]:
+            self._upload = upload
+            return take(upload, r)
 
         def spied_add(up: dict[str, Tensor], weights: list[float], blocks: list[int | None], *rest: Any) -> list[bool]:
             for c, block in enumerate(blocks):
                 sent = torch.zeros(layout.d, dtype=torch.float64)
                 for span in engine.wires["delta"].payload(layout, block).spans:
                     sent[span] = 1
-                for record, value in ((self.meant, self._up["delta"][c]), (self.summed, up["delta"][c])):
-                    record[engine_ids[c]] = record.get(engine_ids[c], 0) + sent * value
+                client = self._upload.ids[c]
+                for record, value in ((self.meant, self._upload.up["delta"][c]), (self.summed, up["delta"][c])):
+                    record[client] = record.get(client, 0) + sent * value
             return add(up, weights, blocks, *rest)
 
-        engine._train = spied_train  # type: ignore[method-assign]
+        engine._intake.take = spied_take  # type: ignore[method-assign]
         engine._aggregator.add = spied_add  # type: ignore[method-assign]
-        engine.algorithm = type("Spy", (algorithm,), {"client": client})(
-            **{name: getattr(engine.algorithm, name) for name in engine.algorithm.__dataclass_fields__}
-        )
 
 
 @pytest.mark.parametrize("together", [1, 6])
@@ -464,7 +457,7 @@ def test_bytes_of_blocks(codec: Codec, cut_rows: bool) -> None:
 
 def test_no_codec_costs_nothing() -> None:
     engine = tiny_engine(FedAvg())
-    assert not engine._encoder
+    assert not engine._intake._encoder
     assert engine.store.names == ()
 
 

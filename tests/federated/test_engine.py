@@ -272,10 +272,10 @@ def test_state_moves_with_its_client() -> None:
     engine = tiny_engine(Scaffold(), collectives=collectives)
     d = engine.layout.d
     engine.store.put([3, 8], {"c_i": torch.stack([torch.full((d,), 3.0), torch.full((d,), 8.0)])})
-    engine.owners.update({3: 0, 8: 0, 5: 1})
-    engine._move([3, 5, 6, 8], [[1, 2, 3], [0]])
+    engine.placement.owners.update({3: 0, 8: 0, 5: 1})
+    engine.placement.move([3, 5, 6, 8], [[1, 2, 3], [0]], engine.objective.device)
     assert sent[0][:2] == ([(1, 0), (0, 1)], 8 * d)
     assert [row.unique().tolist() for row in sent[0][2]] == [[3.0]]
     assert set(engine.store.ids) == {5, 8}
     assert engine.store.get([5])["c_i"].unique().tolist() == [42.0]
-    assert engine.owners == {3: 1, 5: 0, 6: 0, 8: 0}
+    assert engine.placement.owners == {3: 1, 5: 0, 6: 0, 8: 0}

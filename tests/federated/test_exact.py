@@ -14,7 +14,7 @@ from support import on_ranks
 from fedkernels.config import Config, ConfigError, load
 from fedkernels.federated.aggregate import Aggregator
 from fedkernels.federated.collectives import Collectives
-from fedkernels.federated.engine import N_SLOTS
+from fedkernels.federated.intake import N_SLOTS
 
 NAMES = ["fedavg", "scaffold", "fedadamw", "fedbcgd", "dp_fedavg"]
 

@@ -73,6 +73,14 @@ def test_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert digest(tmp_path / "run") == expected
 
 
+@pytest.mark.parametrize("name", ["scaffold", "fedadamw", "fedbcgd"])
+def test_uploads_taken_in_meanwhile_are_the_same(name: str) -> None:
+    """Clients of the loop, one at a time, so that every round has several uploads."""
+    one_by_one = {"model": "mlp", "evaluator": "loop", "clients_per_batch": 1, "codec": "int8"}
+    plain, overlapped = (losses(name, "cuda", overlap=overlap, **one_by_one) for overlap in ("never", "always"))
+    assert overlapped == plain
+
+
 def test_bf16_learns() -> None:
     curve = losses("fedmuon", "cuda", "bf16")
     assert curve[-1] < curve[0]

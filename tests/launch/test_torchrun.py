@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cli.small_runs import Runs
-from launch.machine import ROOT
+from launch.machine import ROOT, free_port
 
 SCRIPT = ROOT / "launch" / "torchrun.sh"
 
@@ -137,3 +137,41 @@ def test_help_is_what_the_script_says_at_its_top(runs: Runs) -> None:
     assert said.startswith("Train on the ranks of one node or of many.")
     assert "--rdzv-endpoint H:P" in said
     assert "source" not in said
+
+
+def start_nodes(sizes: tuple[int, int], *arguments: str) -> list[subprocess.Popen[str]]:
+    """Two of torchrun's agents on this host, each a node with ranks of its own."""
+    port = free_port()
+    nodes = ("--nnodes=2", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=levels", "--local-addr=127.0.0.1")
+    return [
+        start(f"--nproc-per-node={ranks}", f"--node-rank={node}", "--max-restarts=0", *nodes, *arguments)
+        for node, ranks in enumerate(sizes)
+    ]
+
+
+def test_sums_in_nodes_and_across(runs: Runs) -> None:
+    keys = ["--rounds=3", "--checkpoint_every=3", "--reduction=exact", "--clients_per_batch=1"]
+    agents = start_nodes((2, 2), *runs.arguments("levels", *keys, "--all_reduce=hierarchical")[1:])
+    said = "".join(finish(agent) for agent in agents)
+    assert said.count("all-reduce in 2 nodes of 2, then across\n") == 1
+    assert runs.train("whole", *keys) == 0
+    runs.assert_same("whole", "levels", ranks=True)
+    sums = [row["link_bytes"] for row in runs.rows("levels")]
+    finish(start("--nproc-per-node=4", *runs.arguments("flat", *keys)[1:]))
+    assert sums == [row["link_bytes"] for row in runs.rows("flat")]
+    # A continuation may sum in another way.
+    again = runs.arguments("flat", *keys, "--resume", "--all_reduce=hierarchical")
+    said = finish(start("--nproc-per-node=2", *again[1:]))
+    assert "all-reduce flat: there is one node, or one rank on each\n" in said
+
+
+def test_uneven_nodes_end_before_the_first_round(runs: Runs) -> None:
+    agents = start_nodes((2, 1), *runs.arguments("uneven", "--all_reduce=hierarchical")[1:])
+    said = "".join(finish(agent, 1) for agent in agents)
+    (line,) = re.findall("fedkernels: error: (.+)", said)
+    assert re.fullmatch(
+        r"all_reduce: hierarchical needs as many ranks on every node, found ranks 2 on .+ \(node 0\), 1 on .+ "
+        r"\(node 1\); start as many on each, or use all_reduce: flat",
+        line,
+    )
+    assert not (runs / "uneven").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rank_checks import planned_rounds
@@ -14,7 +15,7 @@ from fedkernels.cli import main
 from fedkernels.config import load
 from fedkernels.planning.network import Network
 from fedkernels.planning.planner import DRAWN_ROUNDS, Costs, Planner
-from fedkernels.planning.table import scales
+from fedkernels.planning.table import plan, scales
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 COSTS = Costs(round_s=0.5, client_s=0.25, step_s=0.125)
@@ -69,14 +70,55 @@ def test_a_round_is_the_slowest_rank_and_the_reduction() -> None:
 @pytest.mark.parametrize(
     ("ranks", "expected"), [(1, 0.0), (4, 1.5 / 50), (32, 1.75 / 50 + 1.5 / 10), (64, 1.75 / 50 + 1.75 / 10)]
 )
-def test_all_reduce_is_a_ring_inside_and_across(ranks: int, expected: float) -> None:
+def test_nccl_s_all_reduce_is_a_ring_inside_and_across(ranks: int, expected: float) -> None:
     network = Network(ranks_per_node=8, node_gb_s=50, link_gb_s=10, latency_us=0)
-    assert network.all_reduce_s(1e9, ranks) == pytest.approx(expected)
+    assert network.all_reduce_s(1e9, ranks, backend="nccl") == pytest.approx(expected)
 
 
-def test_many_ranks_reduce_small_buckets_by_a_tree() -> None:
+def test_many_ranks_of_nccl_reduce_small_buckets_by_a_tree() -> None:
     network = Network(ranks_per_node=1, latency_us=10)
-    assert network.all_reduce_s(0, 1024) == pytest.approx(2 * 10 * 10e-6)
+    assert network.all_reduce_s(0, 1024, backend="nccl") == pytest.approx(2 * 10 * 10e-6)
+    assert network.all_reduce_s(0, 1024) == pytest.approx(2 * 1023 * 10e-6)
+
+
+LEVELS = Network(ranks_per_node=8, node_gb_s=50, link_gb_s=10, latency_us=100)
+
+
+@pytest.mark.parametrize(("ranks", "gb_s"), [(1, 50), (4, 50), (8, 50), (16, 10), (64, 10)])
+def test_gloo_s_flat_all_reduce_is_a_ring_as_slow_as_its_slowest_link(ranks: int, gb_s: float) -> None:
+    expected = 2 * (ranks - 1) * (100e-6 + 1e9 / ranks / (1e9 * gb_s))
+    assert LEVELS.all_reduce_s(1e9, ranks) == pytest.approx(expected)
+    slow_inside = replace(LEVELS, node_gb_s=5)
+    assert slow_inside.all_reduce_s(1e9, ranks) == pytest.approx(2 * (ranks - 1) * (100e-6 + 1 / ranks / 5))
+
+
+@pytest.mark.parametrize("n_bytes", [1e4, 1e9])
+@pytest.mark.parametrize("nodes", [2, 8, 128])
+def test_a_hierarchical_all_reduce_is_two_exchanges_and_a_ring_of_nodes(nodes: int, n_bytes: float) -> None:
+    """By NCCL a tree of nodes, where that is faster."""
+    inside = 2 * (100e-6 + 7 / 8 * n_bytes / 50e9)
+    ring = 2 * (nodes - 1) * (100e-6 + n_bytes / nodes / 10e9)
+    tree = 2 * (nodes - 1).bit_length() * (100e-6 + n_bytes / 10e9)
+    assert LEVELS.all_reduce_s(n_bytes, 8 * nodes, "hierarchical") == pytest.approx(inside + ring)
+    found = LEVELS.all_reduce_s(n_bytes, 8 * nodes, "hierarchical", "nccl")
+    assert found == pytest.approx(inside + min(ring, tree))
+
+
+@pytest.mark.parametrize(("ranks_per_node", "ranks"), [(8, 8), (8, 3), (1, 4)])
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_with_one_level_it_is_flat(ranks_per_node: int, ranks: int, backend: Any) -> None:
+    network = replace(LEVELS, ranks_per_node=ranks_per_node)
+    assert network.all_reduce_s(1e9, ranks, "hierarchical", backend) == network.all_reduce_s(
+        1e9, ranks, "flat", backend
+    )
+
+
+@pytest.mark.parametrize("all_reduce", ["flat", "hierarchical"])
+def test_the_plan_follows_the_setting(all_reduce: Any) -> None:
+    config = load(CONFIGS / "digits/fedavg.yaml", {**SMALL, "all_reduce": all_reduce})
+    network = Network(ranks_per_node=2, node_gb_s=1e-2, link_gb_s=1e-3, latency_us=1000)
+    four = Planner(config, config.data.load()).predict(4, COSTS, network)
+    assert four.reduce_s == pytest.approx(network.all_reduce_s(four.link_bytes / 6, 4, all_reduce))
 
 
 def test_what_is_measured_predicts_what_is_measured() -> None:
@@ -106,6 +148,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     said = capsys.readouterr().out
     assert "published numbers" in said
     assert "more than 10 ranks would leave some without a client" in said
+    assert "flat all-reduce by " in said
     plan = json.loads(out.read_text())
     assert [row["ranks"] for row in plan["predictions"]] == [1, 2, 4, 8]
     assert plan["predictions_grown"][-1]["cohort"] == 2048
@@ -117,12 +160,22 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["--ranks", "0"], "ranks: 0, expected at least 1"),
         (["--ranks", "4", "--sharding", "ddp", "--shard_size", "2"], "sharding: ddp"),
         (["--ranks", "4", "--link_gb_s", "-1"], "link_gb_s: -1"),
+        (["--ranks", "12", "--all_reduce", "hierarchical"], "ranks: 12, expected a multiple of ranks_per_node: 8"),
         (["--ranks", "4", "--measured", "README.md"], "README.md: not a plan"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", str(CONFIGS / "digits/fedavg.yaml"), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_nodes_are_filled_for_sums_in_levels(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(json.dumps({"costs": {"round_s": 0.1, "client_s": 0.0, "step_s": 0.02}}))
+    config = load(CONFIGS / "digits/fedavg.yaml", {**SMALL, "all_reduce": "hierarchical"})
+    out = tmp_path / "plan.json"
+    plan(config, Network(ranks_per_node=3), 6, 1, tmp_path / "p.json", out)
+    for key in ("predictions", "predictions_grown"):
+        assert [row["ranks"] for row in json.loads(out.read_text())[key]] == [1, 2, 6]
 
 
 def test_scales() -> None:

@@ -132,7 +132,7 @@ def test_what_is_not_finite_stays_in_its_matrix(shape: tuple[int, int], poison: 
 
 @pytest.mark.parametrize("shape", [(40, 45), (40, 90), (90, 40)])
 def test_what_grows_without_bound_stays_in_its_matrix(shape: tuple[int, int], unit: str) -> None:
-    """Under coefficients that nobody would choose; a thread takes one matrix after the other through the same memory."""
+    """Under coefficients nobody would choose; a thread takes one matrix after the other through the same memory."""
     u = torch.stack([random(*shape, dtype=torch.float32).cpu(), torch.zeros(shape)])
     before = torch.get_num_threads()
     torch.set_num_threads(1)

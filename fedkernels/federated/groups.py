@@ -33,10 +33,14 @@ class ClientGroup:
         self.process_group = process_group
         self._guard = guard or Guard()
 
+    def begin_step(self) -> None:
+        """Note that the ranks of the group begin to compute something together, by operations that are not below."""
+        if self.size > 1:
+            self._guard.begin_group_step()
+
     def sum(self, values: Tensor) -> Tensor:
         """Add `values` up over the group, in place; the result has the same bits on all its ranks."""
         if self.size > 1:
-            # Groups train on their own: how many sums each has come to says nothing about who is late.
             with self._guard.named(by_all=False):
                 self._guard.finish(dist.all_reduce(values, group=self.process_group, async_op=True), values.device)
         return values

@@ -28,10 +28,12 @@ class Guard:
         """What fails in a collective is some other rank's fault: say whose.
 
         Args:
-            by_all: whether all ranks of the job enter as many of these, so that who has entered fewer is late.
+            by_all: whether it is one of all ranks, rather than of a client group.
         """
         if self._watch is not None and by_all:
             self._watch.enter()
+        elif not by_all:
+            self.begin_group_step()
         try:
             yield
         except LostRankError:
@@ -40,6 +42,11 @@ class Guard:
             if self._watch is None:
                 raise
             raise self._watch.lost(error) from error
+
+    def begin_group_step(self) -> None:
+        """Note that something begins that the ranks of a client group do together, and each as often."""
+        if self._watch is not None:
+            self._watch.enter_group_step()
 
     def arrive(self, device: torch.device) -> None:
         """Meet all ranks on the host before an operation on a GPU, which nobody could be called back from."""
@@ -55,3 +62,9 @@ class Guard:
             if self._watch.verdict is not None:
                 raise LostRankError(self._watch.verdict, first=self._watch.first)
         work.wait()
+
+
+def by_backend(error: BaseException | None) -> bool:
+    """Whether an operation between ranks failed, rather than what this rank did by itself."""
+    # What gloo raises is known by the path of its source alone.
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))

@@ -45,25 +45,26 @@ ERROR = "fedkernels: error: "
 
 
 class Output:
-    """Lines of files that grow, each with its file and the time at which it was first seen."""
+    """Lines of files that grow, each with the number of its file and the time at which it was first seen."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._offsets = dict.fromkeys(files, 0)
-        self.lines: list[tuple[float, Path, str]] = []
+        self._files = files
+        self._offsets = [0] * len(files)
+        self.lines: list[tuple[float, int, str]] = []
 
     def read(self) -> None:
         """Take in what has been written since; a line waits until it is complete."""
-        for file, offset in self._offsets.items():
-            if file.exists() and file.stat().st_size > offset:
-                new, end, _ = file.read_bytes()[offset:].rpartition(b"\n")
-                self._offsets[file] += len(new) + len(end)
-                self.lines += [(time.time(), file, line) for line in new.decode().splitlines()]
+        for n, file in enumerate(self._files):
+            if file.exists() and file.stat().st_size > self._offsets[n]:
+                new, end, _ = file.read_bytes()[self._offsets[n] :].rpartition(b"\n")
+                self._offsets[n] += len(new) + len(end)
+                self.lines += [(time.time(), n, line) for line in new.decode().splitlines()]
 
-    def first(self, pattern: str) -> tuple[float, Path, re.Match[str]]:
-        """The first line that is as a whole of this pattern."""
-        for at, file, line in self.lines:
+    def first(self, pattern: str) -> tuple[float, int, re.Match[str]]:
+        """When, where and what was the first line that is as a whole of this pattern."""
+        for at, n, line in self.lines:
             if found := re.fullmatch(pattern, line):
-                return at, file, found
+                return at, n, found
         raise AssertionError(f"no line {pattern!r} in\n{self.text()}")
 
     def text(self) -> str:
@@ -204,7 +205,7 @@ def fired_at(folder: Path, n: int = 0) -> float:
 def digest(folder: Path) -> str:
     """Of the final parameters and of the server state."""
     newest = max((folder / "checkpoints").glob("round-*"))
-    files = (folder / "model.safetensors", newest / "server.safetensors")
+    files = (folder / "model.safetensors", *sorted(newest.glob("server*")))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 

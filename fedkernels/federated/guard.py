@@ -30,10 +30,10 @@ class Guard:
         Args:
             by_all: whether it is one of all ranks, rather than of a client group.
         """
-        if self._watch is not None and by_all:
-            self._watch.enter()
-        elif not by_all:
+        if not by_all:
             self.begin_group_step()
+        elif self._watch is not None:
+            self._watch.enter()
         try:
             yield
         except LostRankError:

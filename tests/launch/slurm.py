@@ -110,7 +110,8 @@ class Cluster:
     def fields(self, job: str) -> dict[str, str]:
         """What the controller knows of a job, or of a task of an array as JOB_TASK."""
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        # The first of a name is the field; what follows may be a comment.
+        return dict(word.split("=", 1) for word in reversed(words) if "=" in word)
 
     def wait_for(self, job: str, timeout_s: float = 150) -> str:
         """The state in which a job ends."""

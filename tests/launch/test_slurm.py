@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -117,31 +118,30 @@ def submit_again(cluster: Cluster, runs: Runs, run: str) -> str:
     ("options", "fields"),
     [
         (
-            ["--nodes=1", "--mem=300", "--constraint=fast&local", "--exclude=n2", "--gres=disk:2,gpu:1", "--tmp=5"]
-            + ["--licenses=seat:1"],
-            {"MinMemoryNode": "300M", "Features": "fast&local", "ExcNodeList": "n2", "MinTmpDiskNode": "5"}
-            | {"Licenses": "seat:1"},
+            "--nodes=1 --mem=300 '--constraint=fast&local' --exclude=n2 --gres=disk:2,gpu:1 --tmp=5 --licenses=seat:1",
+            {"MinMemoryNode": "300M", "Features": "fast&local", "ExcNodeList": "n2", "Licenses": "seat:1"},
         ),
         (
-            # Text that looks like a field, before and after those that are some.
-            ["--nodes=2", "--mem-per-cpu=100", "--nodelist=n1,n2", "--gpus-per-node=1", "--gres=disk:1", "--exclusive"]
-            + ["--cpus-per-task=2", "--comment=x Features=slow ExcNodeList=n1", "--nproc-per-node=1"],
+            # With text that looks like fields.
+            "--nodes=2 --mem-per-cpu=100 --nodelist=n1,n2 --gpus-per-node=1 --gres=disk:1 --exclusive --cpus-per-task=2"
+            " '--comment=x Features=slow ExcNodeList=n1' --nproc-per-node=1",
             {"MinMemoryCPU": "100M", "ReqNodeList": "n[1-2]", "OverSubscribe": "NO", "CPUs/Task": "2"},
         ),
-        (["--nodes=1", "--gpus=1", "--mem=0", "--reservation=kept"], {"Reservation": "kept", "MinMemoryNode": "0"}),
-        (["--nodes=1", "--array=7", "--mem=250", "--exclude=n1"], {"MinMemoryNode": "250M", "ExcNodeList": "n1"}),
+        ("--nodes=1 --gpus=1 --mem=0 --reservation=kept", {"Reservation": "kept", "MinMemoryNode": "0"}),
+        ("--nodes=1 --array=7 --mem=250 --exclude=n1", {"MinMemoryNode": "250M", "ExcNodeList": "n1"}),
     ],
 )
 def test_a_job_is_submitted_again_with_all_that_it_asked_for(
-    cluster: Cluster, runs: Runs, options: list[str], fields: dict[str, str]
+    cluster: Cluster, runs: Runs, options: str, fields: dict[str, str]
 ) -> None:
-    own = [option for option in options if option.startswith("--nproc")]
+    words = shlex.split(options)
+    own = [word for word in words if word.startswith("--nproc")]
     reserve = ["ReservationName=kept", "Users=root", "StartTime=now", "Duration=5", "NodeCnt=1"]
     if "--reservation=kept" in options:
         cluster.run("scontrol", "create", *reserve)
     try:
         arguments = [*runs.arguments("a", "--rounds", "1")[1:], *own]
-        job = submit(cluster, runs, [option for option in options if option not in own], arguments)
+        job = submit(cluster, runs, [word for word in words if word not in own], arguments)
         assert cluster.wait_for(job, 60) == "COMPLETED"
         first = asked(cluster, job)
         assert fields.items() <= first.items()

@@ -228,7 +228,7 @@ class Collectives:
         Raises:
             LostRankError: the store of the job cannot be reached.
         """
-        with self._guard.named(by_all=False):
+        with self._guard.named(by="rank"):
             return int(self._counts.add(what, more))
 
     def forget(self, what: str) -> None:

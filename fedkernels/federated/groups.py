@@ -41,7 +41,7 @@ class ClientGroup:
     def sum(self, values: Tensor) -> Tensor:
         """Add `values` up over the group, in place; the result has the same bits on all its ranks."""
         if self.size > 1:
-            with self._guard.named(by_all=False):
+            with self._guard.named(by="group"):
                 self._guard.finish(dist.all_reduce(values, group=self.process_group, async_op=True), values.device)
         return values
 
@@ -52,7 +52,7 @@ class ClientGroup:
         sent = torch.cat(list(outgoing))
         received = sent.new_empty(sum(incoming))
         sizes = [len(part) for part in outgoing]
-        with self._guard.named(by_all=False):
+        with self._guard.named(by="group"):
             work = dist.all_to_all_single(
                 received, sent, list(incoming), sizes, group=self.process_group, async_op=True
             )
@@ -63,7 +63,7 @@ class ClientGroup:
         """Every rank's flat tensor, of `sizes[i]` values from rank i, on the host of the first rank; None elsewhere."""
         if self.size == 1:
             return [part.cpu()]
-        with self._guard.named(by_all=False):
+        with self._guard.named(by="group"):
             if self.index:
                 dist.send(part.contiguous(), group=self.process_group, group_dst=0)
                 return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,16 +24,17 @@ class Guard:
         self._watch = watch
 
     @contextmanager
-    def named(self, *, by_all: bool = True) -> Iterator[None]:
+    def named(self, *, by: Literal["all", "group", "rank"] = "all") -> Iterator[None]:
         """What fails in a collective is some other rank's fault: say whose.
 
         Args:
-            by_all: whether it is one of all ranks, rather than of a client group.
+            by: who enters as many of these, so that who has entered fewer is late: all ranks of the job, those of a
+                client group, or each rank as many as it likes.
         """
-        if not by_all:
-            self.begin_group_step()
-        elif self._watch is not None:
+        if by == "all" and self._watch is not None:
             self._watch.enter()
+        elif by == "group":
+            self.begin_group_step()
         try:
             yield
         except LostRankError:

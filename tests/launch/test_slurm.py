@@ -97,8 +97,9 @@ def test_an_array_of_seeds_of_which_one_is_stopped_and_one_submitted_again(clust
 
 # Fields of a job that say what it asked for.
 ASKED = (
-    "NumNodes", "CPUs/Task", "TresPerNode", "TresPerJob", "MinMemoryNode", "MinMemoryCPU", "MinTmpDiskNode", "Features",
-    "ReqNodeList", "ExcNodeList", "Reservation", "Licenses", "OverSubscribe", "TimeLimit", "Partition",
+    "NumNodes", "CPUs/Task", "TresPerNode", "TresPerJob", "CpusPerTres", "MinMemoryNode", "MinMemoryCPU", "MemPerTres",
+    "MinTmpDiskNode", "Features", "ReqNodeList", "ExcNodeList", "Reservation", "Licenses", "OverSubscribe", "TimeLimit",
+    "Partition",
 )  # fmt: skip
 
 
@@ -128,6 +129,7 @@ def submit_again(cluster: Cluster, runs: Runs, run: str) -> str:
             {"MinMemoryCPU": "100M", "ReqNodeList": "n[1-2]", "OverSubscribe": "NO", "CPUs/Task": "2"},
         ),
         ("--nodes=1 --gpus=1 --mem=0 --reservation=kept", {"Reservation": "kept", "MinMemoryNode": "0"}),
+        ("--nodes=1 --gpus=1 --mem-per-gpu=100 --cpus-per-gpu=1", {"MemPerTres": "gres:gpu:100"}),
         ("--nodes=1 --array=7 --mem=250 --exclude=n1", {"MinMemoryNode": "250M", "ExcNodeList": "n1"}),
     ],
 )

@@ -204,7 +204,7 @@ class Watch:
         return [rank for rank in ranks if rank != self.rank and now - self._seen.get(rank, now) >= limit_s]
 
     def _late(self, ranks: Iterable[int], progress: tuple[int, int]) -> list[int]:
-        """Who has come least far of those that have not come so far: others may wait for them, in a client group or not."""
+        """Who has not come so far, and least far of all: others, too, may wait for them."""
         come = {rank: place.progress for rank, place in self._table.items()}
         least = {rank: min(come[other] for other in self._group_of(rank) if other in come) for rank in come}
         late = [rank for rank in ranks if rank in come and come[rank] < progress and come[rank] == least[rank]]

@@ -12,7 +12,8 @@ namespace fedkernels {
 namespace {
 
 // Steps on R alone between two products with X. Rounding of R, which is relative to its largest eigenvalue, grows with
-// a² in every step where eigenvalues are small; R is computed afresh from X before it matters.
+// a² in every step where eigenvalues are small; R is computed afresh from X before it matters,
+// and sooner where elements have 16 bits, in two parts.
 constexpr size_t kRestart = 3, kRestartInParts = 2;
 
 int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }

@@ -7,6 +7,7 @@ their singular values in float64.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -97,6 +98,28 @@ def emerging(u: Tensor) -> list[Tensor]:
         torch.set_float32_matmul_precision(before)
 
 
+def ours(us: Sequence[Tensor], *, amx: str = "0", backend: str | None = None) -> list[Tensor]:
+    """Of all batches; on a CPU with products of float32, or in AMX tiles of bfloat16."""
+    before = os.environ.get("FEDKERNELS_AMX")
+    os.environ["FEDKERNELS_AMX"] = amx
+    try:
+        return newton_schulz_all(us, STEPS, backend=backend)
+    finally:
+        os.environ.pop("FEDKERNELS_AMX")
+        if before is not None:
+            os.environ["FEDKERNELS_AMX"] = before
+
+
+def has_amx() -> bool:
+    if MISSING["cpp"] is not None:
+        return False
+    try:
+        ours([torch.ones(32, 32)], amx="1")
+    except RuntimeError:
+        return False
+    return True
+
+
 LIBRARIES: dict[str, tuple[str, Callable[[Tensor], Tensor | Sequence[Tensor]]]] = {
     "gram_newton_schulz": ("gram-newton-schulz, float16", gram_newton_schulz),
     "quack": ("symmetric products of quack, float16", quack),
@@ -169,11 +192,13 @@ class Problem:
 def variants(p: Problem, work: Workload) -> list[Variant]:
     """Ours first."""
     compiled = torch.compile(batched, dynamic=False)
-    ways = [Variant("fedkernels", lambda: newton_schulz_all(p.given, STEPS), tolerance=EXACT)]
+    ways = [Variant("fedkernels", lambda: ours(p.given), tolerance=EXACT)]
+    if p.device.type == "cpu" and has_amx():
+        ways += [Variant("fedkernels, FEDKERNELS_AMX=1", lambda: ours(p.given, amx="1"), tolerance=EXACT)]
     if p.device.type == "cuda":
         common = set.intersection(*(set(backends(shape)) for shape in work.matrices))
         ways += [
-            Variant(f"fedkernels, {name}", lambda name=name: newton_schulz_all(p.given, STEPS, backend=name), 0, EXACT)
+            Variant(f"fedkernels, {name}", lambda name=name: ours(p.given, backend=name), 0, EXACT)
             for name in sorted(common)
         ]
     ways += [
@@ -197,9 +222,9 @@ def variants(p: Problem, work: Workload) -> list[Variant]:
 
 def in_graphs(p: Problem) -> list[Variant]:
     """What a GPU does when nobody has to launch it."""
-    ours, theirs = lambda: newton_schulz_all(p.given, STEPS), p.on_all(lambda u: batched(u, torch.float16))
+    theirs = p.on_all(lambda u: batched(u, torch.float16))
     return [
-        Variant("fedkernels, CUDA graph", _checked_and_captured(p, ours), tolerance=EXACT),
+        Variant("fedkernels, CUDA graph", _checked_and_captured(p, lambda: ours(p.given)), tolerance=EXACT),
         Variant("batched, float16, CUDA graph", _checked_and_captured(p, theirs), tolerance=INEXACT),
     ]
 

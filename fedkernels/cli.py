@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import inspect
 import os
 import signal
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from .checkpoint import CheckpointError
 from .config import CHOICES, Config, ConfigError, describe, load, make, nearest, parse_overrides, parse_value
 from .diagnostics.settings import DiagnosisSettings
+from .federated import attempt
 from .federated.aggregate import ExactSumError
 from .federated.engine import NonFiniteUpdateError
 from .federated.watch import LostRankError
@@ -60,20 +62,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception, status: int) -> int:
-    if _first_to_fail():
-        print(f"fedkernels: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    text = " ".join(str(error).split())
+    if _first_to_fail(text):
+        print(f"fedkernels: error: {text}", file=sys.stderr, flush=True)
     return status
 
 
-def _first_to_fail() -> bool:
-    """Whether no other rank has reported an error: ranks mostly fail alike, and one message is enough."""
+def _first_to_fail(text: str) -> bool:
+    """Whether no other rank of the attempt has reported an error: ranks mostly fail alike, and one message is enough.
+
+    Before ranks have met, their agents' counts of restarts are all that tells attempts apart, and those may differ from
+    each other: then only the same words are not said again.
+    """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    name = attempt.current() or f"{restarts}/{hashlib.sha256(text.encode()).hexdigest()}"
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=2))  # type: ignore[attr-defined]
-        return store.add(f"fedkernels/failures/{attempt}", 1) == 1
+        return store.add(f"fedkernels/failures/{name}", 1) == 1
     except (KeyError, ValueError, RuntimeError):  # no other rank within reach
         return True
 

@@ -78,7 +78,9 @@ if [ -n "$hostfile" ] && [ -z "$node_rank" ]; then
     DS_ENV_FILE="$(mktemp)"
     trap 'rm -f "$DS_ENV_FILE"' EXIT
     cat "$HOME/.deepspeed_env" .deepspeed_env 2>/dev/null >"$DS_ENV_FILE" || true
-    env | grep -E '^(FEDKERNELS|(TORCH_)?NCCL|TORCH_ELASTIC|GLOO|UCX|FI|OMP|MKL|TRITON)_|^DS_ACCELERATOR=' >>"$DS_ENV_FILE"
+    matters='^(FEDKERNELS|(TORCH_)?NCCL|TORCH_ELASTIC|GLOO|UCX|FI|OMP|MKL|CUDA|PET|TRITON)_|^DS_ACCELERATOR'
+    # DeepSpeed gives out GPUs itself.
+    env | grep -E "$matters" | grep -v '^CUDA_VISIBLE_DEVICES=' >>"$DS_ENV_FILE"
     export DS_ENV_FILE
 fi
 python -m deepspeed.launcher.runner --module --no_local_rank ${hostfile:+--hostfile "$hostfile"} \

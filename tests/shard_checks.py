@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedkernels import checkpoint
 from fedkernels.algorithms import ALGORITHMS, FedAvg
 from fedkernels.contract import Task, Vectors
+from fedkernels.federated.aggregate import Aggregator, ExactSumError
 from fedkernels.federated.batches import LocalWork
 from fedkernels.federated.codecs import Int8
 from fedkernels.federated.collectives import Collectives
@@ -24,6 +25,7 @@ from fedkernels.federated.parallel import DeepSpeedSettings
 from fedkernels.federated.sharding import Cut, ShardedLayout
 from fedkernels.layout import Layout, Role, infer_roles
 from fedkernels.privacy.mechanism import Privacy
+from fedkernels.wire import Wire
 
 # Mini-batches of 7, the last of an epoch partial; at most 3 of a client's 5 samples or so on two ranks.
 WORK = LocalWork(7, local_steps=3, local_epochs=2)
@@ -112,6 +114,35 @@ def run_all(
         model = {key: value.numpy().copy() for key, value in engine.named_parameters().items()}
         out[str(n)] = {"state": numbers(engine), "rows": rows, "tests": tests, "model": model}
     return out
+
+
+def exact_in_groups(everyone: Collectives, names: Sequence[str]) -> dict[str, Any]:
+    """Server vectors of algorithms in groups of two, with exact sums, and in float64 with fast ones too."""
+    out: dict[str, Any] = {"shard": Collectives(shard_size=2).group.index}
+    for dtype, reduction in ((torch.float32, "exact"), (torch.float64, "exact"), (torch.float64, "fast")):
+        options = {"sharding": "fsdp2", "clients_per_batch": 1, "weighting": "samples", "reduction": reduction}
+        found = run_all(everyone, [(name, options) for name in names], 2, 3, dtype)
+        for n, name in enumerate(names):
+            state = {key: value for key, value in found[str(n)]["state"].items() if not key.startswith("client")}
+            losses = [row["train_loss"] for row in found[str(n)]["rows"]]
+            out[f"{name} {dtype} {reduction}"] = (state, found[str(n)]["model"], losses)
+    return out
+
+
+def too_large_in_groups(everyone: Collectives) -> str:
+    """What every rank raises where one shard of one group alone meets a term that does not fit an exact sum."""
+    collectives = Collectives(shard_size=2)
+    layout = FedAvg().layout(odd_model()[0], None)
+    x = torch.zeros(layout.d)
+    aggregator = Aggregator({"delta": Wire()}, layout, x, torch.int64, 3, group=collectives.group)
+    aggregator.reset(2)
+    huge = 2.0**35 if collectives.process_rank == 3 else 1.0
+    aggregator.add({"delta": torch.full((1, layout.d), huge)}, [1.0], [None], [0])
+    try:
+        aggregator.reduce(collectives, [[0, 1]])
+    except ExactSumError as error:
+        return str(error)
+    return ""
 
 
 def save_all(everyone: Collectives, runs: Runs, shard_size: int, rounds: int, folder: Path) -> None:

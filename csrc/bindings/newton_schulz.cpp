@@ -2,7 +2,11 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <cstdlib>
+#include <string>
+
 #include "../cpu/newton_schulz.h"
+#include "../cpu/tiles.h"
 #include "tensors.h"
 
 namespace fedkernels {
@@ -32,18 +36,37 @@ std::vector<int64_t> offsets(const Tensor& batch, const char* name) {
   return starts;
 }
 
-void share_units(int64_t units, const std::function<void(int64_t)>& work) {
-  at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) work(unit);
-  });
+void share_units(int64_t units, const std::function<void(int64_t, int64_t)>& work) {
+  at::parallel_for(0, units, 1, work);
+}
+
+// What multiplies matrices of float32 in tiles, null where FEDKERNELS_AMX does not ask for any.
+const Engine<float>* tiles() {
+  const char* variable = std::getenv("FEDKERNELS_AMX");
+  const std::string asked = variable ? variable : "";
+  if (asked.empty() || asked == "0") return nullptr;
+  TORCH_CHECK_VALUE(asked == "1" || asked == "emulated", "FEDKERNELS_AMX=", asked, ", expected 0, 1 or emulated");
+  const Engine<float>* engine = asked == "1" ? amx() : emulated_amx();
+  TORCH_CHECK(engine, "FEDKERNELS_AMX=", asked, ": ",
+              asked == "1" ? "this processor has no AMX tiles of bfloat16, or the system does not lend them"
+                           : "the extension was built by a compiler that is too old for it");
+  return engine;
+}
+
+template <class T>
+const Engine<T>& engine_for(int64_t rows, int64_t cols) {
+  if constexpr (std::is_same_v<T, float>)
+    if (const Engine<float>* tiled = tiles(); tiled && std::min(rows, cols) >= kTiledSide) return *tiled;
+  return engine<T>();
 }
 
 // Call `work(matrix, workspace, parallel)` for every matrix: threads share the matrices, or each of them where those are
 // fewer than the threads.
 template <class T, class F>
 void for_each_matrix(int64_t count, int64_t rows, int64_t cols, const F& work) {
+  const Engine<T>& engine = engine_for<T>(rows, cols);
   const auto run = [&](int64_t begin, int64_t end) {
-    NewtonSchulz<T> workspace(rows, cols);
+    NewtonSchulz<T> workspace(rows, cols, engine);
     for (int64_t i = begin; i < end; ++i) work(i, workspace, share_units);
   };
   if (count < at::get_num_threads()) return run(0, count);

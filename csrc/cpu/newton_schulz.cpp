@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels.h"
 #include "transpose.h"
@@ -11,29 +12,24 @@ namespace fedkernels {
 namespace {
 
 // Steps on R alone between two products with X. Rounding of R, which is relative to its largest eigenvalue, grows with
-// a² in every step where eigenvalues are small; R is computed afresh from X before it matters.
-constexpr size_t kRestart = 3;
+// a² in every step where eigenvalues are small; R is computed afresh from X before it matters,
+// and sooner where elements have 16 bits, in two parts.
+constexpr size_t kRestart = 3, kRestartInParts = 2;
+
+int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// The first element on a cache line; there is room for that.
+template <class T>
+T* on_line(T* memory) {
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+}
 
 // The distance of two rows: they begin on cache lines, and not all of them in the same set of the cache.
 template <class T>
-int64_t padded(int64_t cols) {
+int64_t padded(int64_t cols, int64_t block) {
   constexpr int64_t kLine = 64 / sizeof(T), kSets = 1024 / sizeof(T);
-  const int64_t stride = (cols + kLine - 1) / kLine * kLine;
-  return stride % kSets == 0 ? stride + kLine : stride;
-}
-
-template <class T>
-void multiply(const Product<T>& product, const Parallel& parallel) {
-  const Engine<T>& chosen = engine<T>();
-  const int64_t panels = (product.cols + chosen.cols - 1) / chosen.cols;
-  parallel(panels, [&](int64_t unit) {
-    thread_local std::vector<T> packed;
-    const size_t size = chosen.cols * product.depth;
-    if (packed.size() < size) packed.resize(size);
-    // Panels of a triangle grow: the last and the first take turns, so that half of the units is half of the work.
-    const int64_t panel = unit % 2 == 0 ? panels - 1 - unit / 2 : unit / 2;
-    chosen.panel(product, panel * chosen.cols, packed.data());
-  });
+  const int64_t step = std::max(kLine, block), stride = up(cols, step);
+  return stride % kSets == 0 ? stride + step : stride;
 }
 
 // `‖u‖`. Squares of float32 fit float64; those of large float64 may not.
@@ -94,32 +90,56 @@ CLONES void muon_update(int64_t n, const MuonUpdate<double>& s, const double* o,
 }
 
 template <class T>
-NewtonSchulz<T>::NewtonSchulz(int64_t rows, int64_t cols)
-    : rows_(rows), cols_(cols), n_(std::min(rows, cols)), m_(std::max(rows, cols)), n_stride_(padded<T>(n_)),
-      m_stride_(padded<T>(m_)), memory_(2 * n_ * m_stride_ + 4 * n_ * n_stride_) {
-  x_ = memory_.data();
-  next_x_ = x_ + n_ * m_stride_;
-  r_ = next_x_ + n_ * m_stride_;
-  p_ = r_ + n_ * n_stride_;
-  q_ = p_ + n_ * n_stride_;
-  z_ = q_ + n_ * n_stride_;
+NewtonSchulz<T>::NewtonSchulz(int64_t rows, int64_t cols, const Engine<T>& engine)
+    : engine_(engine), rows_(rows), cols_(cols), n_(std::min(rows, cols)), m_(std::max(rows, cols)),
+      height_(up(n_, engine.block)), width_(up(m_, engine.block)), n_stride_(padded<T>(n_, engine.block)),
+      m_stride_(padded<T>(m_, engine.block)),
+      memory_(2 * height_ * m_stride_ + 4 * height_ * n_stride_ + 64 / sizeof(T)) {
+  x_ = on_line(memory_.data());
+  next_x_ = x_ + height_ * m_stride_;
+  r_ = next_x_ + height_ * m_stride_;
+  p_ = r_ + height_ * n_stride_;
+  q_ = p_ + height_ * n_stride_;
+  z_ = q_ + height_ * n_stride_;
 }
 
 template <class T>
 void NewtonSchulz<T>::operator()(const T* u, T* o, const Coefficients& steps, double margin, const Parallel& parallel) {
   const bool tall = rows_ > cols_;
-  const double scale = 1 / (norm(rows_ * cols_, u) * margin + 1e-7);
+  const double length = norm(rows_ * cols_, u), scale = 1 / (length * margin + 1e-7);
+  // What is not finite spreads over all of the matrix. An engine may lose the payload by which some NaN are one.
+  if (std::isnan(length)) return std::fill(o, o + rows_ * cols_, std::numeric_limits<T>::quiet_NaN());
   if (tall) transposed(rows_, cols_, u, cols_, x_, m_stride_);
-  for (int64_t i = 0; i < n_; ++i) scaled(m_, scale, tall ? x_ + i * m_stride_ : u + i * m_, x_ + i * m_stride_);
+  for (int64_t i = 0; i < n_; ++i) {
+    T* row = x_ + i * m_stride_;
+    scaled(m_, scale, tall ? row : u + i * m_, row);
+    std::fill(row + m_, row + width_, T(0));
+    if (engine_.enter) engine_.enter(width_, row);
+  }
+  std::fill(x_ + n_ * m_stride_, x_ + height_ * m_stride_, T(0));
   // Where X is nearly square there is nothing to save, and float64 is for those who want every digit.
   const bool on_gram = sizeof(T) == 4 && 4 * m_ >= 5 * n_;
   for (size_t first = 0; first < steps.size();) {
-    const size_t count = on_gram ? std::min(kRestart, steps.size() - first) : 1;
+    const size_t stretch = !on_gram ? 1 : engine_.enter ? kRestartInParts : kRestart;
+    const size_t count = std::min(stretch, steps.size() - first);
     advance(steps.data() + first, count, parallel);
     first += count;
   }
+  if (engine_.leave)
+    for (int64_t i = 0; i < n_; ++i) engine_.leave(width_, x_ + i * m_stride_);
   if (tall) return transposed(n_, m_, x_, m_stride_, o, cols_);
   for (int64_t i = 0; i < n_; ++i) std::copy(x_ + i * m_stride_, x_ + i * m_stride_ + m_, o + i * m_);
+}
+
+template <class T>
+void NewtonSchulz<T>::multiply(const Product<T>& product, const Parallel& parallel) {
+  const int64_t panels = (product.cols + engine_.cols - 1) / engine_.cols;
+  parallel(panels, [&](int64_t begin, int64_t end) {
+    thread_local std::vector<T> packed;
+    const size_t size = engine_.cols * product.depth + 64 / sizeof(T);
+    if (packed.size() < size) packed.resize(size);
+    engine_.panels(product, begin, end, on_line(packed.data()));
+  });
 }
 
 template <class T>
@@ -127,11 +147,12 @@ void NewtonSchulz<T>::advance(const std::array<double, 3>* steps, size_t count, 
   // `to = α left · right + β added + γI`, all of them symmetric and commuting but for rounding.
   const auto symmetric = [&](double alpha, const T* left, const T* right, double beta, const T* added, double gamma,
                              T* to) {
-    multiply<T>({n_, n_, n_, left, n_stride_, right, n_stride_, false, true, T(alpha), T(beta), T(gamma), added, to,
-                 n_stride_},
-                parallel);
+    multiply({height_, height_, height_, left, n_stride_, right, n_stride_, false, true, T(alpha), T(beta), T(gamma),
+              added, to, n_stride_},
+             parallel);
   };
-  multiply<T>({n_, n_, m_, x_, m_stride_, x_, m_stride_, true, true, 1, 0, 0, nullptr, r_, n_stride_}, parallel);
+  multiply({height_, height_, width_, x_, m_stride_, x_, m_stride_, true, true, 1, 0, 0, nullptr, r_, n_stride_},
+           parallel);
   for (size_t t = 0; t < count; ++t) {
     const auto [a, b, c] = steps[t];
     symmetric(c, r_, r_, b, r_, a, p_);
@@ -146,7 +167,8 @@ void NewtonSchulz<T>::advance(const std::array<double, 3>* steps, size_t count, 
       std::swap(q_, z_);
     }
   }
-  multiply<T>({n_, m_, n_, q_, n_stride_, x_, m_stride_, false, false, 1, 0, 0, nullptr, next_x_, m_stride_}, parallel);
+  multiply({height_, width_, height_, q_, n_stride_, x_, m_stride_, false, false, 1, 0, 0, nullptr, next_x_, m_stride_},
+           parallel);
   std::swap(x_, next_x_);
 }
 

@@ -9,23 +9,26 @@
 
 namespace fedkernels {
 
-// Calls its second argument for every unit from 0 to the first, in any order and on any thread.
-using Parallel = std::function<void(int64_t, const std::function<void(int64_t)>&)>;
+// Calls its second argument for ranges that make up all from 0 to the first, in any order and on any thread.
+using Parallel = std::function<void(int64_t, const std::function<void(int64_t, int64_t)>&)>;
 using Coefficients = std::vector<std::array<double, 3>>;  // a, b and c of every step
 
 // Workspace for matrices of one shape, used for one after the other.
 template <class T>
 class NewtonSchulz {
  public:
-  NewtonSchulz(int64_t rows, int64_t cols);
+  NewtonSchulz(int64_t rows, int64_t cols, const Engine<T>& engine);
   // `u` and `o` are row-major and contiguous, and may be the same memory.
   void operator()(const T* u, T* o, const Coefficients& steps, double margin, const Parallel& parallel);
 
  private:
   // Some steps at once: products of the short side, and at their end one with X.
   void advance(const std::array<double, 3>* steps, size_t count, const Parallel& parallel);
+  void multiply(const Product<T>& product, const Parallel& parallel);
 
-  int64_t rows_, cols_, n_, m_, n_stride_, m_stride_;  // n is the short side
+  const Engine<T>& engine_;
+  // n is the short side; heights and widths are what the engine multiplies, with zeros behind n and m.
+  int64_t rows_, cols_, n_, m_, height_, width_, n_stride_, m_stride_;
   std::vector<T> memory_;
   T *x_, *next_x_, *r_, *p_, *q_, *z_;
 };

@@ -7,9 +7,8 @@
 
 #include "transpose.h"
 
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 12)
+#ifdef FEDKERNELS_X86
 #include <immintrin.h>
-#define FEDKERNELS_X86 1
 #endif
 
 namespace fedkernels {
@@ -62,6 +61,12 @@ INLINE void run_panel(const Product<T>& p, int64_t first, T* packed, const Tile&
   }
 }
 
+template <class T, int64_t kRows, int64_t kCols, class Tile>
+INLINE void run_panels(const Product<T>& p, int64_t begin, int64_t end, T* packed, const Tile& tile) {
+  const int64_t panels = (p.cols + kCols - 1) / kCols;
+  for (int64_t i = begin; i < end; ++i) run_panel<T, kRows, kCols>(p, panel_of(i, panels) * kCols, packed, tile);
+}
+
 // Without vectors of a known width: what the compiler makes of plain loops.
 template <class T>
 INLINE void plain_tile(int64_t depth, const T* const* a, const T* packed, T* out) {
@@ -73,8 +78,8 @@ INLINE void plain_tile(int64_t depth, const T* const* a, const T* packed, T* out
 }
 
 template <class T>
-void plain_panel(const Product<T>& p, int64_t first, T* packed) {
-  run_panel<T, 4, 8>(p, first, packed, plain_tile<T>);
+void plain_panels(const Product<T>& p, int64_t begin, int64_t end, T* packed) {
+  run_panels<T, 4, 8>(p, begin, end, packed, plain_tile<T>);
 }
 
 #ifdef FEDKERNELS_X86
@@ -100,8 +105,8 @@ void plain_panel(const Product<T>& p, int64_t first, T* packed) {
       _Pragma("GCC unroll 3") for (int v = 0; v < VECTORS; ++v)                                                       \
         P##_storeu_##S(out + (r * VECTORS + v) * kLanes, sums[r][v]);                                                 \
   }                                                                                                                   \
-  __attribute__((target(TARGET))) void NAME##_panel(const Product<T>& p, int64_t first, T* packed) {                  \
-    run_panel<T, ROWS, VECTORS * sizeof(V) / sizeof(T)>(p, first, packed, NAME##_tile);                               \
+  __attribute__((target(TARGET))) void NAME##_panels(const Product<T>& p, int64_t begin, int64_t end, T* packed) {    \
+    run_panels<T, ROWS, VECTORS * sizeof(V) / sizeof(T)>(p, begin, end, packed, NAME##_tile);                         \
   }
 
 FEDKERNELS_ENGINE(avx512f32, "arch=x86-64-v4", float, __m512, 8, 2, _mm512, ps)
@@ -110,29 +115,25 @@ FEDKERNELS_ENGINE(avx2f32, "arch=x86-64-v3", float, __m256, 4, 3, _mm256, ps)
 FEDKERNELS_ENGINE(avx2f64, "arch=x86-64-v3", double, __m256d, 4, 3, _mm256, pd)
 #undef FEDKERNELS_ENGINE
 
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 Engine<float> fastest(float) {
-  if (has_avx512()) return {32, avx512f32_panel};
-  if (has_avx2()) return {24, avx2f32_panel};
-  return {8, plain_panel<float>};
+  if (has_avx512()) return {32, 1, avx512f32_panels, nullptr, nullptr};
+  if (has_avx2()) return {24, 1, avx2f32_panels, nullptr, nullptr};
+  return {8, 1, plain_panels<float>, nullptr, nullptr};
 }
 
 Engine<double> fastest(double) {
-  if (has_avx512()) return {16, avx512f64_panel};
-  if (has_avx2()) return {12, avx2f64_panel};
-  return {8, plain_panel<double>};
+  if (has_avx512()) return {16, 1, avx512f64_panels, nullptr, nullptr};
+  if (has_avx2()) return {12, 1, avx2f64_panels, nullptr, nullptr};
+  return {8, 1, plain_panels<double>, nullptr, nullptr};
 }
 
 #else
 
 template <class T>
 Engine<T> fastest(T) {
-  return {8, plain_panel<T>};
+  return {8, 1, plain_panels<T>, nullptr, nullptr};
 }
 
 #endif

@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 12)
+#define FEDKERNELS_X86 1
+#endif
+
 namespace fedkernels {
 
 // All matrices are row-major; a stride is the distance of two rows.
@@ -24,12 +28,27 @@ struct Product {
 // every element is one chain of additions over the depth, whoever computes it.
 template <class T>
 struct Engine {
-  int64_t cols;
-  void (*panel)(const Product<T>&, int64_t first_col, T* packed);  // `packed` holds `cols · depth` elements
+  int64_t cols, block;  // sides of what it multiplies are multiples of `block`
+  // Panels from the begin-th to the end-th; `packed` holds `cols · depth` elements.
+  void (*panels)(const Product<T>&, int64_t begin, int64_t end, T* packed);
+  // Null where matrices are what they seem. Else they change a row, of a multiple of `block` elements, into what the
+  // engine multiplies, and back.
+  void (*enter)(int64_t size, T* row);
+  void (*leave)(int64_t size, T* row);
 };
+
+// Panels of a triangle grow: the last and the first take turns, so that half of them is half of the work.
+inline int64_t panel_of(int64_t index, int64_t panels) { return index % 2 == 0 ? panels - 1 - index / 2 : index / 2; }
 
 // The fastest that the processor can run. All that have fused multiply-adds give the same bits.
 template <class T>
 const Engine<T>& engine();
+
+#ifdef FEDKERNELS_X86
+inline bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
 
 }  // namespace fedkernels

@@ -11,6 +11,13 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from .watch import BEAT_S, LostRankError, say_ranks
 
+_met: list[str] = []
+
+
+def current() -> str | None:
+    """The name of the attempt that this process belongs to; None before it has met the others."""
+    return _met[-1] if _met else None
+
 
 def meet(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
     """A name that all ranks of this attempt know, and none of an earlier one.
@@ -47,6 +54,7 @@ def meet(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
             if rank == 0 and not _without(store, f"{name}/", world_size):
                 store.set(f"{name}/all", "")
             if store.check([f"{name}/all"]):
+                _met.append(name)
                 return name
         if store.check(["late"]):
             text, told, here = json.loads(store.get("late"))

@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from ..faults import Faults
 from .attempt import meet
 from .groups import ClientGroup
-from .guard import Guard
+from .guard import Guard, by_backend
 from .hierarchy import AllReduce, Hierarchy, levels, node_name
 from .watch import LostRankError, Watch
 
@@ -99,8 +99,14 @@ class Collectives:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Leave the job, telling the others with what this rank fails, if it does."""
-        if self.watch is not None:
-            self.watch.leave(error)
+        if self.watch is None:
+            return
+        if self.group.size > 1 and error is not None and by_backend(error):
+            # What a sharded module exchanges while it computes is guarded by nobody else.
+            lost = self.watch.lost(error)
+            self.watch.leave(lost)
+            raise lost from error
+        self.watch.leave(error)
 
     def at(self, round: int, stage: str) -> None:
         """Say where this rank is: it comes to a stage of a round."""
@@ -222,7 +228,7 @@ class Collectives:
         Raises:
             LostRankError: the store of the job cannot be reached.
         """
-        with self._guard.named(by_all=False):
+        with self._guard.named(by="rank"):
             return int(self._counts.add(what, more))
 
     def forget(self, what: str) -> None:
@@ -271,7 +277,7 @@ def join(
         store: Any = TCPStore(address, port, world_size, rank == 0 and not agent, timeout, wait_for_workers=False)
         prefix = f"fedkernels/{meet(PrefixStore('fedkernels', store), rank, world_size, timeout_s)}"
         table = PrefixStore(f"{prefix}/watch", store.clone())
-        watch = Watch(table, rank, world_size, timeout_s, agent=agent)
+        watch = Watch(table, rank, world_size, timeout_s, agent=agent, group_size=shard_size)
         watch.start()
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise LostRankError(f"rank {rank} does not reach the job's store at {address}:{port}: {error}") from error

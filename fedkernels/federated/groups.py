@@ -33,11 +33,15 @@ class ClientGroup:
         self.process_group = process_group
         self._guard = guard or Guard()
 
+    def begin_step(self) -> None:
+        """Note that the ranks of the group begin to compute something together, by operations that are not below."""
+        if self.size > 1:
+            self._guard.begin_group_step()
+
     def sum(self, values: Tensor) -> Tensor:
         """Add `values` up over the group, in place; the result has the same bits on all its ranks."""
         if self.size > 1:
-            # Groups train on their own: how many sums each has come to says nothing about who is late.
-            with self._guard.named(by_all=False):
+            with self._guard.named(by="group"):
                 self._guard.finish(dist.all_reduce(values, group=self.process_group, async_op=True), values.device)
         return values
 
@@ -48,7 +52,7 @@ class ClientGroup:
         sent = torch.cat(list(outgoing))
         received = sent.new_empty(sum(incoming))
         sizes = [len(part) for part in outgoing]
-        with self._guard.named(by_all=False):
+        with self._guard.named(by="group"):
             work = dist.all_to_all_single(
                 received, sent, list(incoming), sizes, group=self.process_group, async_op=True
             )
@@ -59,7 +63,7 @@ class ClientGroup:
         """Every rank's flat tensor, of `sizes[i]` values from rank i, on the host of the first rank; None elsewhere."""
         if self.size == 1:
             return [part.cpu()]
-        with self._guard.named(by_all=False):
+        with self._guard.named(by="group"):
             if self.index:
                 dist.send(part.contiguous(), group=self.process_group, group_dst=0)
                 return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,14 +24,17 @@ class Guard:
         self._watch = watch
 
     @contextmanager
-    def named(self, *, by_all: bool = True) -> Iterator[None]:
+    def named(self, *, by: Literal["all", "group", "rank"] = "all") -> Iterator[None]:
         """What fails in a collective is some other rank's fault: say whose.
 
         Args:
-            by_all: whether all ranks of the job enter as many of these, so that who has entered fewer is late.
+            by: who enters as many of these, so that who has entered fewer is late: all ranks of the job, those of a
+                client group, or each rank as many as it likes.
         """
-        if self._watch is not None and by_all:
+        if by == "all" and self._watch is not None:
             self._watch.enter()
+        elif by == "group":
+            self.begin_group_step()
         try:
             yield
         except LostRankError:
@@ -40,6 +43,11 @@ class Guard:
             if self._watch is None:
                 raise
             raise self._watch.lost(error) from error
+
+    def begin_group_step(self) -> None:
+        """Note that something begins that the ranks of a client group do together, and each as often."""
+        if self._watch is not None:
+            self._watch.enter_group_step()
 
     def arrive(self, device: torch.device) -> None:
         """Meet all ranks on the host before an operation on a GPU, which nobody could be called back from."""
@@ -55,3 +63,9 @@ class Guard:
             if self._watch.verdict is not None:
                 raise LostRankError(self._watch.verdict, first=self._watch.first)
         work.wait()
+
+
+def by_backend(error: BaseException | None) -> bool:
+    """Whether an operation between ranks failed, rather than what this rank did by itself."""
+    # What gloo raises is known by the path of its source alone.
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))

@@ -72,13 +72,18 @@ def shard(
 ) -> ShardedModule:
     """Deal the objective's module out over the ranks of a group."""
     module, device = objective.module, objective.device
+    dealt: ShardedModule
     if sharding == "deepspeed":
         from .zero import Zero3
 
-        return Zero3(module, layout, device, collectives, deepspeed or DeepSpeedSettings())
-    from .fsdp import Fsdp2
+        dealt = Zero3(module, layout, device, collectives, deepspeed or DeepSpeedSettings())
+    else:
+        from .fsdp import Fsdp2
 
-    return Fsdp2(module, layout, device)
+        dealt = Fsdp2(module, layout, device)
+    # Before the hooks by which parameters are gathered.
+    module.register_forward_pre_hook(lambda *_: layout.group.begin_step(), prepend=True)
+    return dealt
 
 
 def share_of(batch: Batch, group: ClientGroup) -> tuple[Batch, Tensor]:
@@ -171,6 +176,7 @@ class ShardedLoop:
                     weights = None if part.weights is None else part.weights[c]
                     loss = self._objective.loss(self._module.forward, part.inputs[c], part.targets[c], weights)
                     loss = loss * share[c]
+                    self._group.begin_step()
                     self._module.backward(loss)
                     losses[c] += loss.detach()
         return self._group.sum(losses)

@@ -46,6 +46,7 @@ class Place:
     """Where a rank is: in a stage of a round, after it has entered so many collectives.
 
     Args:
+        group_steps: what it has begun together with its client group, in and between collectives of all.
         beat: grows with every sign of life.
         over: whether it knows that the job cannot go on.
     """
@@ -54,11 +55,17 @@ class Place:
     round: int = 0
     stage: str = "start"
     collectives: int = 0
+    group_steps: int = 0
     beat: int = 0
     over: bool = False
 
     def __str__(self) -> str:
         return f"'{self.stage}'" + (f" of round {self.round}" if self.round else "")
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How far it has come, in the order that all ranks of its client group share."""
+        return self.collectives, self.group_steps
 
 
 class Watch:
@@ -68,14 +75,24 @@ class Watch:
         store: a client of the job's store of its own; nothing here blocks who trains when the store does not answer.
         timeout_s: longest that ranks wait for each other at the start.
         agent: whether torchrun's agent holds the store, rather than the first rank.
+        group_size: consecutive ranks that form a client group.
 
     Attributes:
         verdict: why the job cannot go on, the same words on every rank; None while it can.
         first: whether this rank was the first to say so.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int, timeout_s: float, *, agent: bool = False) -> None:
-        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        *,
+        agent: bool = False,
+        group_size: int = 1,
+    ) -> None:
+        self.rank, self.world_size, self.timeout_s, self.group_size = rank, world_size, timeout_s, group_size
         self.verdict: str | None = None
         self.first = False
         self._store, self._agent = store, agent
@@ -130,10 +147,16 @@ class Watch:
         self._changed.set()
 
     def enter(self) -> None:
-        """Note that this rank enters a collective."""
+        """Note that this rank enters a collective of all."""
         self._entered_at = time.monotonic()
         self._place = replace(self._place, collectives=self._place.collectives + 1)
         self._changed.set()
+
+    def enter_group_step(self) -> None:
+        """Note that this rank begins what its client group does together."""
+        self._entered_at = time.monotonic()
+        # There are several in every local step: the next sign of life tells.
+        self._place = replace(self._place, group_steps=self._place.group_steps + 1)
 
     def lost(self, error: BaseException) -> LostRankError:
         """What to raise for a collective that failed here: the verdict, or else the ranks that are silent, or are late.
@@ -145,15 +168,14 @@ class Watch:
         self._changed.set()
         self._wait_until(lambda: self.verdict is not None, BEAT_S + CONFIRM_S)
         if self.verdict is None:
-            # Those with the fewest: between them and this rank are others that wait for them.
-            fewest = min((place.collectives for place in self._table.values()), default=mine.collectives)
-            behind = self._table if fewest < mine.collectives else {}
-            late = [rank for rank, place in behind.items() if place.collectives == fewest]
             if silent := self._silent(self._table, CONFIRM_S):
                 self._give_up(f"{say_ranks(silent)} died or cannot be reached: {self._whereabouts(silent)}")
-            elif late:
+            elif late := self._late(range(self.world_size), (mine.collectives, 0)):
                 where = self._whereabouts(late)
                 self._give_up(f"{say_ranks(late)} did not reach {mine} within {waited_s:.0f} s: {where}")
+            elif late := self._late(self._group_of(self.rank), mine.progress):
+                what = f"did not join the others of the client group in {mine} within {waited_s:.0f} s"
+                self._give_up(f"{say_ranks(late)} {what}: {self._whereabouts(late)}")
             else:
                 text = " ".join(str(error).split())
                 self._give_up(f"a collective failed on rank {self.rank} (host {mine.host}) in {mine}: {text}")
@@ -180,6 +202,19 @@ class Watch:
     def _silent(self, ranks: Iterable[int], limit_s: float) -> list[int]:
         now = time.monotonic()
         return [rank for rank in ranks if rank != self.rank and now - self._seen.get(rank, now) >= limit_s]
+
+    def _late(self, ranks: Iterable[int], progress: tuple[int, int]) -> list[int]:
+        """Who has not come so far, and least far of all: others, too, may wait for them."""
+        come = {rank: place.progress for rank, place in self._table.items()}
+        least = {rank: min(come[other] for other in self._group_of(rank) if other in come) for rank in come}
+        late = [rank for rank in ranks if rank in come and come[rank] < progress and come[rank] == least[rank]]
+        # Groups train on their own: between them collectives count alone.
+        fewest = min((come[rank][0] for rank in late), default=0)
+        return [rank for rank in late if come[rank][0] == fewest]
+
+    def _group_of(self, rank: int) -> range:
+        first = rank - rank % self.group_size
+        return range(first, first + self.group_size)
 
     def _whereabouts(self, ranks: Sequence[int]) -> str:
         found = ((rank, self._table[rank]) for rank in ranks)

@@ -25,6 +25,7 @@ from fedkernels.checkpoint import CheckpointError
 from fedkernels.cli import main
 from fedkernels.config import load
 from fedkernels.data.datasets import Digits
+from fedkernels.federated import attempt
 from fedkernels.federated.collectives import Collectives
 from fedkernels.train import train
 
@@ -334,16 +335,39 @@ def test_ranks_that_fail_alike_speak_once(
     for key, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(key, value)
     told = []
-    for rank, attempt in ((1, 0), (0, 0), (0, 1), (1, 1)):
+    monkeypatch.setattr(attempt, "_met", [])
+    for rank, restarts in ((1, 0), (0, 0), (0, 1), (1, 1)):
         monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
         assert runs.train("a", "--lr", "-1") == 2
         told.append(capsys.readouterr().err.count("fedkernels: error: lr: -1, expected float > 0"))
     assert told == [1, 0, 1, 0]
+    assert runs.train("a", "--lr", "-2") == 2
+    assert "lr: -2" in capsys.readouterr().err, "other words than those of another rank"
     del store
     monkeypatch.delenv("MASTER_PORT")
     assert runs.train("a", "--lr", "-1") == 2
     assert "lr: -1" in capsys.readouterr().err
+
+
+def test_ranks_that_have_met_speak_once_in_every_attempt(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever their agents count: one counts a failure, another a node that came."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", port, is_master=True)
+    for key, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(key, value)
+    told = []
+    for name, restarts in (("a", 0), ("a", 1), ("b", 0), ("b", 2), ("c", 2)):
+        monkeypatch.setattr(attempt, "_met", [name])
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        assert runs.train("a", "--lr", "-1") == 2
+        told.append(capsys.readouterr().err.count("fedkernels: error: lr: -1, expected float > 0"))
+    assert told == [1, 0, 1, 0, 1]
+    del store
 
 
 def _fail_on_rank_1(collectives: Collectives, config: Path, folder: Path) -> list[str]:

@@ -61,7 +61,8 @@ def test_values_arrive_with_their_types() -> None:
 @pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Config)])
 def test_a_wrong_type_names_key_value_and_expectation(key: str) -> None:
     wrong: Any = {"no": "such"}
-    if key in ("privacy", "deepspeed", "drop_slowest"):  # a mapping has the type of a section, and keys that are not its own
+    # A mapping has the type of a section, and keys that are not its own.
+    if key in ("privacy", "deepspeed", "drop_slowest"):
         assert refuse(**{key: wrong}).startswith(f"{key}.no: unknown key; ")
         wrong = 3
     message = refuse(**{key: wrong})

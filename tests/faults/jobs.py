@@ -1,4 +1,5 @@
-"""Jobs of several ranks that faults happen to: real processes, forked from one that has imported everything."""
+"""Jobs of several ranks that faults happen to: real processes, forked from one that has imported everything, or started
+by agents of torchrun; and what they print, when."""
 
 from __future__ import annotations
 
@@ -6,9 +7,12 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import socket
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,37 @@ CONFIG = {
 }
 TESTS = Path(__file__).parents[1]
 LIMIT_S = 120
+ERROR = "fedkernels: error: "
+
+
+class Output:
+    """Lines of files that grow, each with the number of its file and the time at which it was first seen."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+        self._offsets = [0] * len(files)
+        self.lines: list[tuple[float, int, str]] = []
+
+    def read(self) -> None:
+        """Take in what has been written since; a line waits until it is complete."""
+        for n, file in enumerate(self._files):
+            if file.exists() and file.stat().st_size > self._offsets[n]:
+                new, end, _ = file.read_bytes()[self._offsets[n] :].rpartition(b"\n")
+                self._offsets[n] += len(new) + len(end)
+                self.lines += [(time.time(), n, line) for line in new.decode().splitlines()]
+
+    def first(self, pattern: str) -> tuple[float, int, re.Match[str]]:
+        """When, where and what was the first line that is as a whole of this pattern."""
+        for at, n, line in self.lines:
+            if found := re.fullmatch(pattern, line):
+                return at, n, found
+        raise AssertionError(f"no line {pattern!r} in\n{self.text()}")
+
+    def text(self) -> str:
+        return "\n".join(line for _, _, line in self.lines)
+
+    def errors(self) -> list[str]:
+        return [line.removeprefix(ERROR) for _, _, line in self.lines if line.startswith(ERROR)]
 
 
 class Job:
@@ -74,10 +109,14 @@ class Job:
         context.set_forkserver_preload(["faults.preload"])
         self.ended_at: dict[int, float] = {}
         self.ranks: dict[int, BaseProcess] = {}
-        self._errors = {rank: folder.parent / f"{folder.name}.{rank}.err" for rank in range(ranks)}
+        # Of this job: a folder may have several.
+        self.name = f"{folder.name}-{time.monotonic_ns()}"
+        files = [folder.parent / f"{self.name}.{rank}" for rank in range(ranks)]
+        self.said = Output(files)
+        self.started_at = time.time()
         for rank in set(range(ranks)) - set(absent):
             mine = env | {"RANK": str(rank)}
-            process = context.Process(target=run_rank, args=(arguments, mine, self._errors[rank], silent_s))
+            process = context.Process(target=run_rank, args=(arguments, mine, files[rank], silent_s))
             process.start()
             self.ranks[rank] = process
 
@@ -85,14 +124,15 @@ class Job:
         """Exit statuses once all ranks have ended, except some that are killed then."""
         deadline = time.monotonic() + limit_s
         while waiting := [r for r, p in self.ranks.items() if p.is_alive() and r not in but]:
-            assert time.monotonic() < deadline, f"ranks {waiting} did not end in {limit_s} s:\n{self.said()}"
+            assert time.monotonic() < deadline, f"ranks {waiting} did not end in {limit_s} s:\n{self.said.text()}"
             time.sleep(0.02)
-            self._note_ends()
-        self._note_ends()
+            self._look()
+        self._look()
         self.kill()
         return {rank: process.exitcode for rank, process in self.ranks.items()}
 
-    def _note_ends(self) -> None:
+    def _look(self) -> None:
+        self.said.read()
         for rank, process in self.ranks.items():
             if not process.is_alive():
                 self.ended_at.setdefault(rank, time.time())
@@ -103,39 +143,79 @@ class Job:
                 process.kill()
             process.join()
 
-    def said(self) -> str:
-        """What all ranks printed to standard error."""
-        return "".join(path.read_text() for path in self._errors.values() if path.exists())
-
-    def errors(self) -> list[str]:
-        start = "fedkernels: error: "
-        return [line.removeprefix(start) for line in self.said().splitlines() if line.startswith(start)]
-
-    def fired_at(self, n: int = 0) -> float | None:
-        """When fault number n happened, if it did."""
-        mark = self.folder / f".fault-{n}"
-        return float(mark.read_text()) if mark.exists() else None
+    def fired_at(self, n: int = 0) -> float:
+        """When fault number n happened."""
+        return fired_at(self.folder, n)
 
     def rows(self) -> list[dict[str, Any]]:
         path = self.folder / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def notes(self) -> str:
-        return (self.folder.parent / f"{self.folder.name}.0.out").read_text()
+
+class Agents:
+    """torchrun's agents of one run, on this machine as on nodes of their own, that start their ranks again on failure.
+
+    Args:
+        folder: of the run and of what it prints.
+        fault: in the words of `fedkernels.faults.parse`.
+    """
+
+    def __init__(self, folder: Path, nodes: int, ranks: int, *, fault: str) -> None:
+        config = folder.parent / f"{folder.name}.yaml"
+        config.write_text(yaml.safe_dump(CONFIG))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+        files = [folder.parent / f"{folder.name}.{node}" for node in range(nodes)]
+        self.said = Output(files)
+        self._agents = []
+        for node, file in enumerate(files):
+            command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={ranks}"]
+            command += ["--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=job"]
+            command += ["--local-addr=127.0.0.1", f"--rdzv-conf=is_host={int(node == 0)}", "-m", "fedkernels", "train"]
+            with file.open("wb") as out:
+                agent = subprocess.Popen(
+                    [*command, f"--config={config}", f"--run_dir={folder}"],
+                    env=os.environ | {"FEDKERNELS_FAULT": fault, "OMP_NUM_THREADS": "1", "LOGLEVEL": "INFO"},
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                )
+            self._agents.append(agent)
+
+    def wait(self, limit_s: float = 2 * LIMIT_S) -> list[int]:
+        """Exit statuses once all agents have ended."""
+        deadline = time.monotonic() + limit_s
+        try:
+            while any(agent.poll() is None for agent in self._agents):
+                assert time.monotonic() < deadline, f"agents did not end in {limit_s} s:\n{self.said.text()}"
+                time.sleep(0.02)
+                self.said.read()
+        finally:
+            for agent in self._agents:
+                agent.terminate()  # and with it its ranks
+        self.said.read()
+        return [agent.wait() for agent in self._agents]
+
+
+def fired_at(folder: Path, n: int = 0) -> float:
+    """When fault number n of a run happened."""
+    return float((folder / f".fault-{n}").read_text())
 
 
 def digest(folder: Path) -> str:
     """Of the final parameters and of the server state."""
     newest = max((folder / "checkpoints").glob("round-*"))
-    files = (folder / "model.safetensors", newest / "server.safetensors")
+    files = (folder / "model.safetensors", *sorted(newest.glob("server*")))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def run_rank(arguments: list[str], env: dict[str, str], errors: Path, silent_s: float | None) -> None:
+def run_rank(arguments: list[str], env: dict[str, str], said: Path, silent_s: float | None) -> None:
     """One rank's process."""
     os.environ.update(env)
-    for stream, path in ((1, errors.with_suffix(".out")), (2, errors)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     import fedkernels.report
     from fedkernels.cli import main
     from fedkernels.federated import watch

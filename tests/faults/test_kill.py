@@ -50,8 +50,8 @@ def test_exact_runs_end_alike_on_any_number_of_ranks(fault: str, tmp_path: Path,
     for ranks in (1, 2, 4):
         shutil.copytree(left, tmp_path / f"on{ranks}")
         job = Job(tmp_path / f"on{ranks}", ranks, *KEYS["exact"], "--resume")
-        assert set(job.wait().values()) == {0}, job.said()
-        assert "resumed after round" in job.notes()
+        assert set(job.wait().values()) == {0}, job.said.text()
+        assert "resumed after round" in job.said.text()
         assert digest(job.folder) == whole["exact"]
 
 
@@ -59,5 +59,5 @@ def test_exact_runs_end_alike_on_any_number_of_ranks(fault: str, tmp_path: Path,
 def test_fast_runs_end_alike_on_the_same_number(fault: str, tmp_path: Path, whole: dict[str, str]) -> None:
     left = killed(tmp_path, "fast", fault)
     job = Job(left, RANKS, *KEYS["fast"], "--resume")
-    assert set(job.wait().values()) == {0}, job.said()
+    assert set(job.wait().values()) == {0}, job.said.text()
     assert digest(left) == whole["fast"]

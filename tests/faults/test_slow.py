@@ -17,4 +17,4 @@ def test_a_job_goes_on_without_the_clients_of_a_slow_rank(tmp_path: Path) -> Non
     assert [row["cohort"] for row in rows] == [4, 4, 2, 4, 4, 4]
     assert rows[2]["protocol_up_bytes"] * 2 == rows[1]["protocol_up_bytes"]
     assert rows[2]["protocol_down_bytes"] == rows[1]["protocol_down_bytes"]
-    assert "round 3 closed at its deadline without clients" in job.notes()
+    assert "round 3 closed at its deadline without clients" in job.said.text()

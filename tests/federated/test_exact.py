@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import CASES
 from rank_checks import exact_on_ranks, too_large_on_ranks
+from shard_checks import exact_in_groups, too_large_in_groups
 from support import on_ranks
 
 from fedkernels.config import Config, ConfigError, load
@@ -65,6 +66,45 @@ def test_who_meets_too_large_a_number_ends_all() -> None:
     one, other = on_ranks(2, too_large_on_ranks)
     assert one == other
     assert "a rank met a larger one; use reduction: fast" in one
+
+
+GROUPED = ["fedavg", "scaffold", "fedadamw", "fedmuon"]
+
+
+@pytest.fixture(scope="module")
+def in_groups() -> dict[int, list[dict[str, Any]]]:
+    """What the ranks of one, two and three groups of two find."""
+    return {groups: on_ranks(2 * groups, exact_in_groups, GROUPED) for groups in (1, 2, 3)}
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    state, _, losses = one
+    return losses == other[2] and all(value.tobytes() == other[0][key].tobytes() for key, value in state.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", GROUPED)
+def test_any_number_of_groups_gives_the_same_bits(
+    name: str, dtype: torch.dtype, in_groups: dict[int, list[dict[str, Any]]]
+) -> None:
+    run = f"{name} {dtype} exact"
+    model = in_groups[1][0][run][1]
+    assert model
+    for groups in (2, 3):
+        for rank in in_groups[groups]:
+            assert same_bits(in_groups[1][rank["shard"]][run], rank[run])
+        final = in_groups[groups][0][run][1]
+        assert {key: value.tobytes() for key, value in final.items()} == {k: v.tobytes() for k, v in model.items()}
+
+
+def test_floating_point_sums_of_groups_do_not(in_groups: dict[int, list[dict[str, Any]]]) -> None:
+    runs = [f"{name} torch.float64 fast" for name in GROUPED]
+    assert not all(same_bits(in_groups[1][0][run], in_groups[2][0][run]) for run in runs)
+
+
+def test_one_shard_that_meets_too_large_a_number_ends_all() -> None:
+    (told,) = set(on_ranks(4, too_large_in_groups))
+    assert "a rank met a larger one; use reduction: fast" in told
 
 
 def test_a_round_can_follow_another() -> None:

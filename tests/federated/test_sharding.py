@@ -214,7 +214,7 @@ def link_bytes(name: str, unit: str | None, shards: int, groups: int, rounds: in
         total = 0
         for vector, part in zip(vectors, matrices, strict=True):
             own = {"scaffold": len(vector), "fedmuon": len(part)}.get(name, more.get(name, 0))
-            bucket = 6 + 2 * groups + 1 + len(vector) + own
+            bucket = 7 + 2 * groups + 1 + len(vector) + own
             total += 2 * (groups - 1) * bucket * 8 + moved * len(vector) * itemsize
         out.append(total)
     return out

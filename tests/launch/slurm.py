@@ -33,9 +33,17 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=5
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
+GresTypes=disk,gpu
+Licenses=seat:2
+NodeName=DEFAULT CPUs=2 RealMemory=1000 TmpDisk=1000 Features=fast,local Gres=disk:4,gpu:1
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
 PartitionName=all Nodes=n1,n2 Default=YES State=UP
+"""
+# SLURM does no more with the file of a GPU than to look whether it is there.
+RESOURCES = """\
+Name=disk Count=4
+Name=gpu File=/dev/null
 """
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
@@ -60,6 +68,7 @@ class Cluster:
         first = 1 + secrets.randbelow(60000)
         config = CONFIG.format(folder=self.folder, host=socket.gethostname(), ports=ports, first=first)
         (self.folder / "slurm.conf").write_text(config)
+        (self.folder / "gres.conf").write_text(RESOURCES)
         key = self.folder / "munge.key"
         key.touch(0o600)
         key.write_bytes(secrets.token_bytes(128))
@@ -101,7 +110,8 @@ class Cluster:
     def fields(self, job: str) -> dict[str, str]:
         """What the controller knows of a job, or of a task of an array as JOB_TASK."""
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        # The first of a name is the field; what follows may be a comment.
+        return dict(word.split("=", 1) for word in reversed(words) if "=" in word)
 
     def wait_for(self, job: str, timeout_s: float = 150) -> str:
         """The state in which a job ends."""

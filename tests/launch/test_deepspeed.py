@@ -9,6 +9,8 @@ import pytest
 from cli.small_runs import Runs
 from launch.machine import ROOT, free_port
 
+from fedkernels.launch_record import PREFIXES
+
 SCRIPT = ROOT / "launch" / "deepspeed.sh"
 
 
@@ -58,3 +60,23 @@ def test_this_machine_alone_and_a_run_that_fails(runs: Runs) -> None:
 def test_bad_options_start_nothing(runs: Runs, arguments: list[str], said: str) -> None:
     (line,) = finish(start(*arguments), 2).splitlines()
     assert line.startswith(f"error: {said}")
+
+
+def test_hosts_get_every_variable_that_the_run_folder_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Runs
+) -> None:
+    """A python that stands in for DeepSpeed's launcher keeps the file from which it would take them."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\n[ -z "$DS_ENV_FILE" ] || cp "$DS_ENV_FILE" {tmp_path / "passed"}\n')
+    python.chmod(0o755)
+    (python.parent / "activate").write_text(f"PATH={python.parent}:$PATH\n")
+    (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    kept = {f"{prefix}TEST" if prefix.endswith("_") else prefix: f"a = {prefix}" for prefix in PREFIXES}
+    for name, value in {**kept, "VENV": str(tmp_path / "venv"), "HOME": str(tmp_path), "TOKEN": "secret"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    finish(start("--hostfile", str(tmp_path / "hosts"), "--config", "c.yaml"))
+    passed = dict(line.split("=", 1) for line in (tmp_path / "passed").read_text().splitlines())
+    assert kept.items() <= passed.items()
+    assert not {"CUDA_VISIBLE_DEVICES", "TOKEN"} & passed.keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,6 +93,69 @@ def test_an_array_of_seeds_of_which_one_is_stopped_and_one_submitted_again(clust
     job = said.removeprefix("Submitted batch job ").strip()
     assert cluster.wait_for(job) == "COMPLETED"
     runs.assert_same("whole-5", "again")
+
+
+# Fields of a job that say what it asked for.
+ASKED = (
+    "NumNodes", "CPUs/Task", "TresPerNode", "TresPerJob", "CpusPerTres", "MinMemoryNode", "MinMemoryCPU", "MemPerTres",
+    "MinTmpDiskNode", "Features", "ReqNodeList", "ExcNodeList", "Reservation", "Licenses", "OverSubscribe", "TimeLimit",
+    "Partition",
+)  # fmt: skip
+
+
+def asked(cluster: Cluster, job: str) -> dict[str, str]:
+    fields = cluster.fields(job)
+    return {key: value for key in ASKED if (value := fields.get(key, "(null)")) != "(null)"}
+
+
+def submit_again(cluster: Cluster, runs: Runs, run: str) -> str:
+    """By the script in a run folder; the job."""
+    output = f"SBATCH_OUTPUT={runs / 'test-%j.out'}"
+    said = cluster.run("env", output, "bash", str(runs / run / "resubmit.sh"), cwd=runs.folder)
+    return said.removeprefix("Submitted batch job ").strip()
+
+
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        (
+            "--nodes=1 --mem=300 '--constraint=fast&local' --exclude=n2 --gres=disk:2,gpu:1 --tmp=5 --licenses=seat:1",
+            {"MinMemoryNode": "300M", "Features": "fast&local", "ExcNodeList": "n2", "Licenses": "seat:1"},
+        ),
+        (
+            # With text that looks like fields.
+            "--nodes=2 --mem-per-cpu=100 --nodelist=n1,n2 --gpus-per-node=1 --gres=disk:1 --exclusive --cpus-per-task=2"
+            " '--comment=x Features=slow ExcNodeList=n1' --nproc-per-node=1",
+            {"MinMemoryCPU": "100M", "ReqNodeList": "n[1-2]", "OverSubscribe": "NO", "CPUs/Task": "2"},
+        ),
+        ("--nodes=1 --gpus=1 --mem=0 --reservation=kept", {"Reservation": "kept", "MinMemoryNode": "0"}),
+        ("--nodes=1 --gpus=1 --mem-per-gpu=100 --cpus-per-gpu=1", {"MemPerTres": "gres:gpu:100"}),
+        ("--nodes=1 --array=7 --mem=250 --exclude=n1", {"MinMemoryNode": "250M", "ExcNodeList": "n1"}),
+    ],
+)
+def test_a_job_is_submitted_again_with_all_that_it_asked_for(
+    cluster: Cluster, runs: Runs, options: str, fields: dict[str, str]
+) -> None:
+    words = shlex.split(options)
+    own = [word for word in words if word.startswith("--nproc")]
+    reserve = ["ReservationName=kept", "Users=root", "StartTime=now", "Duration=5", "NodeCnt=1"]
+    if "--reservation=kept" in options:
+        cluster.run("scontrol", "create", *reserve)
+    try:
+        arguments = [*runs.arguments("a", "--rounds", "1")[1:], *own]
+        job = submit(cluster, runs, [word for word in words if word not in own], arguments)
+        assert cluster.wait_for(job, 60) == "COMPLETED"
+        first = asked(cluster, job)
+        assert fields.items() <= first.items()
+        again = submit_again(cluster, runs, "a/seed-7" if "--array=7" in options else "a")
+        assert cluster.wait_for(again, 60) == "COMPLETED"
+        assert asked(cluster, again) == first
+    finally:
+        if "--reservation=kept" in options:
+            cluster.run("scancel", "--user=root")
+            cluster.run("scontrol", "delete", reserve[0])
+    assert "ArrayTaskId" not in cluster.fields(again)
+    assert "resumed after round 1 of 1" in output(runs, again)
 
 
 @pytest.mark.parametrize(

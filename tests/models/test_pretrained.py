@@ -125,6 +125,21 @@ def test_half_precision_is_read_as_float32_and_images_are_stretched(tmp_path: Pa
     torch.testing.assert_close(module(x), module(larger))
 
 
+@pytest.mark.parametrize("pad", [0, PAD, 4])
+def test_positions_of_roberta_count_from_the_padding_of_the_data(pad: int, tmp_path: Path) -> None:
+    """Whatever the directory's own; the longest text that is taken is the longest that the library computes."""
+    model, _, _ = made("roberta")
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    longest = LENGTH + PAD - pad
+    module = Pretrained(str(tmp_path)).build("text", (longest,), CLASSES, Tokens(VOCABULARY, pad))
+    x = torch.full((1, longest + 1), 7)
+    assert module(x[:, 1:]).isfinite().all()
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        module(x)
+    with pytest.raises(ValueError, match=f"a roberta of at most {longest} tokens, and the samples have {longest + 1}"):
+        Pretrained(str(tmp_path)).build("text", (longest + 1,), CLASSES, Tokens(VOCABULARY, pad))
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     def fails(message: str, error: type[Exception] = ValueError, shape: tuple[int, ...] = (LENGTH,)) -> None:
         with pytest.raises(error, match=message):

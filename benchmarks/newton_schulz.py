@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -98,16 +99,23 @@ def emerging(u: Tensor) -> list[Tensor]:
         torch.set_float32_matmul_precision(before)
 
 
-def ours(us: Sequence[Tensor], *, amx: str = "0", backend: str | None = None) -> list[Tensor]:
-    """Of all batches; on a CPU with products of float32, or in AMX tiles of bfloat16."""
+@contextmanager
+def amx_is(value: str) -> Iterator[None]:
+    """FEDKERNELS_AMX has this value, as long as the block lasts."""
     before = os.environ.get("FEDKERNELS_AMX")
-    os.environ["FEDKERNELS_AMX"] = amx
+    os.environ["FEDKERNELS_AMX"] = value
     try:
-        return newton_schulz_all(us, STEPS, backend=backend)
+        yield
     finally:
         os.environ.pop("FEDKERNELS_AMX")
         if before is not None:
             os.environ["FEDKERNELS_AMX"] = before
+
+
+def ours(us: Sequence[Tensor], *, amx: str = "0", backend: str | None = None) -> list[Tensor]:
+    """Of all batches; on a CPU with products of float32, or in AMX tiles of bfloat16."""
+    with amx_is(amx):
+        return newton_schulz_all(us, STEPS, backend=backend)
 
 
 def has_amx() -> bool:

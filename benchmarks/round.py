@@ -1,9 +1,10 @@
 """Whole rounds of ViT-Tiny: reference steps, the fastest kernels, and those overlapped; and where the time goes.
 
 One process of one thread trains clients on CIFAR-shaped noise. Engines take turns round by round: `kernels: reference`,
-`auto`, and `auto` with what clients send taken in while the next ones train, on a second core. Before anything is
-timed all train two clients in float64 and must arrive at the same parameters. The gradient is forward and backward, the
-optimizer is what steps from it, the tail is the rest: sampling, Δ, sums, server; overlapped, what is left to wait for.
+`auto`, and `auto` with what clients send taken in while the next ones train, on a second core, also with Muon's
+matrices in AMX tiles. Before anything is timed all train two clients in float64 and must arrive at the same parameters.
+The gradient is forward and backward, the optimizer is what steps from it, the tail is the rest: sampling, Δ, sums,
+server; overlapped, what is left to wait for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import arguments, noise_images, on_ranks, report, spread
+from newton_schulz import amx_is, has_amx
 
 from fedkernels.algorithms import FedAdamW, FedMuon
 from fedkernels.contract import Algorithm
@@ -36,7 +38,9 @@ SIDES: dict[str, tuple[KernelsName, Overlap]] = {
     "reference": ("reference", "never"),
     "auto": ("auto", "never"),
     "auto, overlapped": ("auto", "always"),
+    "auto, overlapped, FEDKERNELS_AMX=1": ("auto", "always"),
 }
+IN_TILES = {"auto, overlapped, FEDKERNELS_AMX=1"}  # float32 matrices of Muon
 PARTS = ("gradient", "optimizer", "tail")
 # Of the update of one round, in float64. In float32 the key biases of attention, whose gradient is rounding that Adam
 # blows up, differ by all of their update.
@@ -142,13 +146,15 @@ def check(job: Job) -> None:
 def measure(job: Job) -> dict[str, dict[str, list[float]]]:
     """Seconds of every round and part, by side."""
     check(job)
-    engines = {side: make(job, side) for side in SIDES}
+    sides = [side for side in SIDES if side not in IN_TILES or (job.algorithm == "fedmuon" and has_amx())]
+    engines = {side: make(job, side) for side in sides}
     for engine in engines.values():
         engine.run_round()
-    seconds: dict[str, dict[str, list[float]]] = {side: {part: [] for part in ("round", *PARTS)} for side in SIDES}
+    seconds: dict[str, dict[str, list[float]]] = {side: {part: [] for part in ("round", *PARTS)} for side in sides}
     for _ in range(job.rounds):
         for side, engine in engines.items():
-            with watched(engine, ALGORITHMS[job.algorithm][1], job.device) as clock:
+            tiles = amx_is("1" if side in IN_TILES else "0")
+            with tiles, watched(engine, ALGORITHMS[job.algorithm][1], job.device) as clock:
                 begin = now(job.device)
                 engine.run_round()
                 whole = now(job.device) - begin
@@ -179,7 +185,7 @@ def main() -> None:
                 side: {part: spread(values) for part, values in parts.items()} for side, parts in seconds.items()
             },
         }
-        for side in SIDES:
+        for side in seconds:
             medians = {part: spread(values)["median"] for part, values in seconds[side].items()}
             shares = [f"{medians[part] / medians['round']:.1%}" for part in PARTS]
             ratios = zip(seconds["reference"]["round"], seconds[side]["round"], strict=True)

@@ -16,7 +16,7 @@ from cases import CASES
 from support import tiny_engine, tiny_model
 from torch import Tensor
 
-from fedkernels.algorithms import DpFedAvg, FedAvg
+from fedkernels.algorithms import DpFedAvg, FedAvg, FedBcgd
 from fedkernels.config import load
 from fedkernels.contract import Task, Vectors
 from fedkernels.federated.aggregate import Aggregator, ExactSumError
@@ -61,8 +61,15 @@ def each_collective(collectives: Collectives) -> dict[str, Any]:
     return out
 
 
-def closing_on_ranks(everyone: Collectives, shard_size: int, policy: dict[str, float], slow_s: float) -> dict[str, Any]:
-    """A round that may close early, of which the last rank sleeps some seconds."""
+def closing_on_ranks(
+    everyone: Collectives,
+    shard_size: int,
+    policy: dict[str, float],
+    slow_s: float,
+    blocks: int = 0,
+    reduction: str = "fast",
+) -> dict[str, Any]:
+    """A round that may close early, of which the last rank sleeps some seconds; of FedBCGD where there are blocks."""
     collectives = Collectives(shard_size=shard_size)
     at = collectives.at
 
@@ -73,20 +80,24 @@ def closing_on_ranks(everyone: Collectives, shard_size: int, policy: dict[str, f
 
     collectives.at = slow_at  # type: ignore[method-assign]
     engine = tiny_engine(
-        FedAvg(),
+        FedBcgd(blocks=blocks) if blocks else FedAvg(),
         collectives=collectives,
         cohort=6,
         drop_slowest=DropSlowest(**policy),
         sharding="ddp" if shard_size > 1 else "none",
+        reduction=reduction,
     )
-    ids, _ = engine.draw_cohort()
+    ids, drawn = engine.draw_cohort()
     costs = engine.batches.steps(ids).astype(float).tolist()
     placed = place(ids, costs, {}, [1.0] * collectives.world_size)
     row = engine.run_round()
     return {
         "x": engine.server.x.numpy().copy(),
+        "server": {name: value.numpy().copy() for name, value in engine.server.items()},
         "late": sorted(engine.late),
         "cohort": row["cohort"],
+        "up_bytes": row["protocol_up_bytes"],
+        "blocks": dict(zip(ids, drawn, strict=True)),
         "placed": [[ids[p] for p in positions] for positions in placed],
     }
 

@@ -22,9 +22,11 @@ from fedkernels.federated.engine import Engine
 HALF_MORE = DropSlowest(over_sampling=0.5)
 
 
-def waiting_for(clients: list[int], algorithm: Algorithm, blocks: list[int | None] | None = None) -> Engine:
+def waiting_for(
+    clients: list[int], algorithm: Algorithm, blocks: list[int | None] | None = None, reduction: str = "fast"
+) -> Engine:
     """An engine whose first cohort is given."""
-    engine = tiny_engine(algorithm, cohort=len(clients))
+    engine = tiny_engine(algorithm, cohort=len(clients), reduction=reduction)
     engine.draw_cohort = lambda: (clients, blocks or [None] * len(clients))  # type: ignore[method-assign]
     return engine
 
@@ -141,6 +143,21 @@ def test_a_rank_that_is_slow_leaves_its_clients_out() -> None:
     heard.run_round()
     for found in (one["x"], other["x"]):
         np.testing.assert_allclose(found, heard.server.x.numpy(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_exact_sums_of_those_who_are_heard(blocks: int) -> None:
+    """The same bits on two ranks, of which one is late with all its clients, as where one rank waits for the others."""
+    policy = {"over_sampling": 0.0, "deadline_s": 1.0}
+    one, other = on_ranks(2, closing_on_ranks, 1, policy, 1.5, blocks, "exact")
+    assert one["late"] == other["late"] == sorted(one["placed"][1])
+    clients = one["placed"][0]
+    algorithm = FedBcgd(blocks=blocks) if blocks else FedAvg()
+    heard = waiting_for(clients, algorithm, [one["blocks"][client] for client in clients], "exact")
+    assert heard.run_round()["protocol_up_bytes"] == one["up_bytes"] == other["up_bytes"]
+    for name, value in heard.server.items():
+        for found in (one, other):
+            np.testing.assert_array_equal(found["server"][name], value.numpy(), err_msg=name)
 
 
 def test_ranks_count_reports_together() -> None:

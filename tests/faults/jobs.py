@@ -12,14 +12,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-CONFIG = {
+from fedkernels.federated.schedule import place, sample_cohort
+
+Record = Callable[[str, Any], None]  # of a property of a test: rows of the fault matrix
+CONFIG: dict[str, Any] = {
     "algorithm": "scaffold",
     "model": {"name": "mlp", "hidden": [8]},
     "data": "digits",
@@ -207,6 +210,17 @@ def digest(folder: Path) -> str:
     newest = max((folder / "checkpoints").glob("round-*"))
     files = (folder / "model.safetensors", *sorted(newest.glob("server*")))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def placed_on(rank: int, round: int, ranks: int) -> list[int]:
+    """Whom a rank trains in a round, in order, by the equations of cohorts and placement; clients cost the same."""
+    seed, clients, cohort = (CONFIG[key] for key in ("seed", "clients", "cohort"))
+    owners: dict[int, int] = {}
+    for r in range(round):
+        ids = sample_cohort("uniform", seed, r, clients, cohort).tolist()
+        placed = place(ids, [1.0] * cohort, owners, [1.0] * ranks)
+        owners |= {ids[position]: rank for rank, positions in enumerate(placed) for position in positions}
+    return [ids[position] for position in placed[rank]]
 
 
 def run_rank(arguments: list[str], env: dict[str, str], said: Path, silent_s: float | None) -> None:

@@ -13,11 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.jobs import CONFIG, ERROR, Job, digest
-
-from fedkernels.federated.schedule import place, sample_cohort
-
-Record = Callable[[str, Any], None]
+from faults.jobs import CONFIG, ERROR, Job, Record, digest, placed_on
 
 
 @dataclass(frozen=True)
@@ -51,14 +47,7 @@ class Case:
 
 
 def first_client(rank: int, round: int, ranks: int) -> str:
-    """Whom a rank trains first in a round, by the equations of cohorts and placement; clients cost the same."""
-    seed, clients, cohort = (CONFIG[key] for key in ("seed", "clients", "cohort"))
-    owners: dict[int, int] = {}
-    for r in range(round):
-        ids = sample_cohort("uniform", seed, r, clients, cohort).tolist()
-        placed = place(ids, [1.0] * cohort, owners, [1.0] * ranks)
-        owners |= {ids[position]: rank for rank, positions in enumerate(placed) for position in positions}
-    return f"client {ids[placed[rank][0]]}"
+    return f"client {placed_on(rank, round, ranks)[0]}"
 
 
 GROUPS = ("--sharding=fsdp2", "--shard_size=2")
@@ -89,7 +78,7 @@ CASES = {
     ),
     "hang": Case(
         "hang rank=1 round=3 stage=train", ERROR + r"(?P<who>.+) did not reach 'reduce' of round 3" + LATE, "rank 1",
-        60, (1, 1), 2, overrides=("--timeout_s=3",),
+        60, (1, 1), 2, overrides=("--timeout_s=8",),
     ),
     "hang in a client group, fsdp2": Case(
         "hang rank=1 round=3 stage=train", ERROR + NOT_JOINED, "rank 1",
@@ -202,10 +191,22 @@ def test_a_rank_that_never_starts(tmp_path: Path, record_property: Record) -> No
     row["recovered"] = "yes"
 
 
-def test_a_client_that_sends_nan_may_be_left_out(tmp_path: Path) -> None:
+def test_a_client_that_sends_nan_may_be_left_out(tmp_path: Path, record_property: Record) -> None:
+    row: dict[str, Any] = {"fault": "NaN from a client, left out"}
+    record_property("fault", row)
     job = Job(tmp_path / "run", 2, "--on_nonfinite=drop_client", fault="nan rank=1 round=3 stage=train")
     assert job.wait() == {0: 0, 1: 0}
-    assert [row["dropped"] for row in job.rows()] == [0, 0, 1, 0, 0, 0]
+    fired = job.fired_at()
+    row["fired"] = "yes"
+    at, _, line = job.said.first(r"(?P<who>client \d+) sent NaN or infinity in round 3: left out")
+    row["detected_s"] = at - fired
+    assert 0 < row["detected_s"] < 30
+    row["culprit"] = line["who"]
+    assert row["culprit"] == first_client(1, 3, 2)
+    assert [found["dropped"] for found in job.rows()] == [0, 0, 1, 0, 0, 0]
+    assert [found["cohort"] for found in job.rows()] == [4, 4, 3, 4, 4, 4]
+    row["rounds_lost"] = CONFIG["rounds"] - len(job.rows())
+    row["recovered"] = "yes"
 
 
 def test_a_slow_rank_is_waited_for(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fedkernels.federated.watch import Watch
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Watch]]:
     """Four ranks in groups of two, that count faster than in a job."""
     monkeypatch.setattr(watch, "BEAT_S", 0.1)
-    monkeypatch.setattr(watch, "CONFIRM_S", 1.0)
+    monkeypatch.setattr(watch, "CONFIRM_S", 3.0)
     store = dist.HashStore()
     ranks = [Watch(store, rank, 4, 10.0, group_size=2) for rank in range(4)]
     with ThreadPoolExecutor(4) as pool:

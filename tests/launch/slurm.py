@@ -7,6 +7,7 @@ import secrets
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from launch.machine import free_port
@@ -103,9 +104,10 @@ class Cluster:
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 
-    def submit(self, *options: str, cwd: Path) -> str:
-        """Submit a batch script; the number of the job."""
-        return self.run("sbatch", "--parsable", *options, cwd=cwd).strip()
+    def submit(self, *options: str, cwd: Path, env: Mapping[str, str] | None = None) -> str:
+        """Submit a batch script, with variables of its own; the number of the job."""
+        variables = [f"{name}={value}" for name, value in (env or {}).items()]
+        return self.run("env", *variables, "sbatch", "--parsable", *options, cwd=cwd).strip()
 
     def fields(self, job: str) -> dict[str, str]:
         """What the controller knows of a job, or of a task of an array as JOB_TASK."""

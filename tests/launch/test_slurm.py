@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from cli.small_runs import Runs
 from launch.machine import ROOT
-from launch.slurm import Cluster
+from launch.slurm import ENDED, Cluster
 
 pytestmark = pytest.mark.cluster
 
-# Long enough to be stopped on the way, and without a checkpoint but the one that a signal asks for.
-LONG = ["--rounds", "300", "--checkpoint_every", "100000"]
+# Without a checkpoint but the one that a signal asks for.
+LONG = ["--rounds", "100", "--checkpoint_every", "100000"]
+# A run waits in this round, once, so that it cannot end before something happens to it.
+HELD = 30
+HOLD = {"FEDKERNELS_FAULT": f"slow rank=0 round={HELD} stage=train seconds=20"}
 
 
-def submit(cluster: Cluster, runs: Runs, options: Sequence[str], arguments: Sequence[str]) -> str:
+def submit(
+    cluster: Cluster,
+    runs: Runs,
+    options: Sequence[str],
+    arguments: Sequence[str],
+    env: Mapping[str, str] | None = None,
+) -> str:
     own = ["--output", str(runs / "%x-%j.out"), "--job-name", "test", "--time", "10"]
-    return cluster.submit(*own, *options, "launch/slurm.sbatch", *arguments, cwd=ROOT)
+    return cluster.submit(*own, *options, "launch/slurm.sbatch", *arguments, cwd=ROOT, env=env)
 
 
 def output(runs: Runs, job: str) -> str:
@@ -40,45 +52,71 @@ def finish(cluster: Cluster, runs: Runs, job: str) -> str:
 
 
 def test_a_stopped_job_is_queued_again_and_ends_as_if_nothing_had_happened(cluster: Cluster, runs: Runs) -> None:
-    job = submit(cluster, runs, ["--nodes=2"], runs.arguments("stopped", *LONG)[1:])
-    runs.wait_for_rounds("stopped", 20)
+    job = submit(cluster, runs, ["--nodes=2"], runs.arguments("stopped", *LONG)[1:], HOLD)
+    runs.wait_for_rounds("stopped", HELD - 1)
     cluster.run("scancel", "--signal=USR1", "--batch", job)
     assert runs.train("whole", *LONG) == 0
     said = finish(cluster, runs, job)
     assert cluster.fields(job)["Restarts"] == "1"
-    (stopped,) = re.findall(r"stopped by SIGUSR1 after round (\d+); continue", said)
-    assert 20 <= int(stopped) < 300
+    assert re.findall(r"stopped by SIGUSR1 after round (\d+); continue", said) == [str(HELD)]
     assert f"job {job}: stopped on request, queued again\n" in said
-    assert f"\nresumed after round {stopped} of 300\n2 ranks on cpu" in said
+    assert f"\nresumed after round {HELD} of 100\n2 ranks on cpu" in said
     runs.assert_same("whole", "stopped", ranks=True)
     (launch,) = launches(runs / "stopped")
     assert launch["job"] == f"slurm-{job}"
 
 
 def test_a_job_that_loses_a_node_goes_on_from_its_newest_checkpoint(cluster: Cluster, runs: Runs) -> None:
-    keys = ["--rounds", "300", "--checkpoint_every", "10"]
-    job = submit(cluster, runs, ["--nodes=2"], runs.arguments("lost", *keys)[1:])
-    runs.wait_for_rounds("lost", 20)
+    keys = ["--rounds", "100", "--checkpoint_every", "7"]
+    job = submit(cluster, runs, ["--nodes=2"], runs.arguments("lost", *keys)[1:], HOLD)
+    runs.wait_for_rounds("lost", HELD - 1)
     cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
     assert runs.train("whole", *keys) == 0
     said = finish(cluster, runs, job)
     assert cluster.fields(job)["Restarts"] == "1"
-    assert re.search(r"\nresumed after round \d+ of 300\n2 ranks on cpu", said)
+    assert re.search(r"\nresumed after round \d+ of 100\n2 ranks on cpu", said)
     runs.assert_same("whole", "lost", ranks=True)
 
 
+def test_a_job_that_is_stopped_before_it_starts_ranks_is_queued_again(cluster: Cluster, runs: Runs) -> None:
+    program, looked = runs / "bin" / "scontrol", runs / "looked"
+    program.parent.mkdir()
+    first = f"[ -e {looked} ] || {{ touch {looked}; sleep 5; }}"
+    program.write_text(f'#!/bin/sh\n{first}\nexec {shutil.which("scontrol")} "$@"\n')
+    program.chmod(0o755)
+    path = {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+    job = submit(cluster, runs, ["--nodes=1"], runs.arguments("early", "--rounds", "2")[1:], path)
+    while not looked.exists():
+        assert cluster.fields(job)["JobState"] not in ENDED, output(runs, job)
+        time.sleep(0.02)
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    said = finish(cluster, runs, job)
+    assert cluster.fields(job)["Restarts"] == "1"
+    assert said.count("\n1 rank on cpu") == 1
+    assert said.index(f"job {job}: stopped on request, queued again\n") < said.index("\n1 rank on cpu")
+
+
+def test_a_run_that_fails_while_it_stops_is_not_queued_again(cluster: Cluster, runs: Runs) -> None:
+    fault = HOLD["FEDKERNELS_FAULT"] + f"; raise rank=0 round={HELD} stage=reduce"
+    job = submit(cluster, runs, ["--nodes=1"], runs.arguments("bad", *LONG)[1:], {"FEDKERNELS_FAULT": fault})
+    runs.wait_for_rounds("bad", HELD - 1)
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    assert cluster.wait_for(job) == "FAILED"
+    assert cluster.fields(job)["Restarts"] == "0"
+    assert f"injected in 'reduce' of round {HELD}" in output(runs, job)
+
+
 def test_an_array_of_seeds_of_which_one_is_stopped_and_one_submitted_again(cluster: Cluster, runs: Runs) -> None:
-    keys = ["--rounds", "200", "--checkpoint_every", "100000"]
-    array = submit(cluster, runs, ["--nodes=1", "--array=4-5"], runs.arguments("seeds", *keys)[1:])
+    array = submit(cluster, runs, ["--nodes=1", "--array=4-5"], runs.arguments("seeds", *LONG)[1:], HOLD)
     for seed in (4, 5):
-        runs.wait_for_rounds(f"seeds/seed-{seed}", 5)
+        runs.wait_for_rounds(f"seeds/seed-{seed}", HELD - 1)
     jobs = {seed: cluster.fields(f"{array}_{seed}")["JobId"] for seed in (4, 5)}
     # The task that shares its number with the array: what is done to it must not be done to all.
     stopped = next(seed for seed, job in jobs.items() if job == array)
     cluster.run("scancel", "--signal=USR1", "--batch", f"{array}_{stopped}")
     for seed, job in jobs.items():
-        assert runs.train(f"whole-{seed}", *keys, "--seed", str(seed)) == 0
+        assert runs.train(f"whole-{seed}", *LONG, "--seed", str(seed)) == 0
         assert cluster.wait_for(f"{array}_{seed}") == "COMPLETED"
         assert cluster.fields(f"{array}_{seed}")["Restarts"] == str(int(seed == stopped))
         said = output(runs, job)
@@ -144,11 +182,11 @@ def test_a_job_is_submitted_again_with_all_that_it_asked_for(
     try:
         arguments = [*runs.arguments("a", "--rounds", "1")[1:], *own]
         job = submit(cluster, runs, [word for word in words if word not in own], arguments)
-        assert cluster.wait_for(job, 60) == "COMPLETED"
+        assert cluster.wait_for(job) == "COMPLETED"
         first = asked(cluster, job)
         assert fields.items() <= first.items()
         again = submit_again(cluster, runs, "a/seed-7" if "--array=7" in options else "a")
-        assert cluster.wait_for(again, 60) == "COMPLETED"
+        assert cluster.wait_for(again) == "COMPLETED"
         assert asked(cluster, again) == first
     finally:
         if "--reservation=kept" in options:

@@ -20,7 +20,7 @@ from .config import CHOICES, Config, ConfigError, describe, load, make, nearest,
 from .diagnostics.settings import DiagnosisSettings
 from .federated import attempt
 from .federated.aggregate import ExactSumError
-from .federated.engine import NonFiniteUpdateError
+from .federated.engine import DeadlineError, NonFiniteUpdateError
 from .federated.watch import LostRankError
 from .formats import format_epsilon
 from .kernels.dispatch import BackendError
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (BackendError, CheckpointError, ExactSumError, NonFiniteUpdateError, OSError) as error:
+    except (BackendError, CheckpointError, DeadlineError, ExactSumError, NonFiniteUpdateError, OSError) as error:
         return _fail(error, 1)
     except LostRankError as error:
         if error.first:

@@ -209,6 +209,8 @@ class Progress:
         )
         if "epsilon" in row:
             numbers += f"  ε {_text(row['epsilon'], format_epsilon):>5}"
+        if row.get("late"):
+            numbers += f"  late {row['late']}"
         last = round >= self.total_rounds
         if self._bar is not None:
             self._bar.update(TaskID(0), completed=round, description=self._head(round), tail=f"{numbers}  {remaining}")

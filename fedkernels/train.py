@@ -104,6 +104,7 @@ def train(config: Config, *, resume: bool = False) -> Outcome:
         ConfigError: the run folder already holds a run, or another one on resume, or cannot be written.
         CheckpointError: no whole checkpoint to resume from, or one of another configuration.
         NonFiniteUpdateError: a client sent NaN or infinity and the configuration says `error`.
+        DeadlineError: the last rounds all closed at their deadline before any client had reported.
         OSError: the metrics cannot be written; the state up to that round is in a checkpoint.
         LostRankError: another rank failed, died, or did not come to a collective within `timeout_s`.
     """
@@ -215,7 +216,7 @@ class _Log:
         self.progress.update(row)
         for line in self._engine.dropped:
             self.progress.note(f"{line}: left out")
-        if self._config.drop_slowest is not None and row["cohort"] < self._config.cohort:
+        if self._engine.late and row["cohort"] < self._config.cohort:  # with a cohort heard it closed for that
             late = ", ".join(map(str, self._engine.late))
             self.progress.note(f"round {row['round']} closed at its deadline without clients {late}")
 

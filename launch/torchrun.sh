@@ -4,7 +4,7 @@
 #
 #   bash launch/torchrun.sh --nproc-per-node 2 --config configs/digits/fedmuon.yaml --rounds 3
 #   bash launch/torchrun.sh --nnodes 4 --nproc-per-node 8 --rdzv-endpoint HEAD:29500 --rdzv-id fedmuon-1 \
-#       --node-rank R --config configs/cifar100/fedmuon.yaml --run_dir /shared/runs/c          # on each node, R = 0..3
+#       --node-rank R --config configs/cifar100/fedmuon.yaml --cohort 64 --run_dir /shared/runs/c   # on each node, R = 0..3
 #
 #   --nproc-per-node N   ranks on this node: a number, or gpu, cpu or auto for one per device (1)
 #   --nnodes N           nodes: a number, or MIN:MAX to go on while nodes come and go (1)

@@ -15,9 +15,12 @@ Overlap = Literal["auto", "always", "never"]
 
 
 def spare_core(threads: int) -> bool:
-    """Whether this node has more cores than its ranks have threads, as torchrun tells how many ranks there are."""
+    """Whether this node has more cores than its ranks have threads, as launchers tell how many ranks there are."""
+    # torchrun's, DeepSpeed's; where ranks were started by hand, all may be here.
+    told = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"))
+    ranks = int(next((count for count in told if count), "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores > threads * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return cores > threads * ranks
 
 
 class Behind(Generic[T]):

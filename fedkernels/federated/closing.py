@@ -12,7 +12,7 @@ from pydantic import Field
 
 from .collectives import Collectives
 
-POLL_S = 0.05  # between two looks at how many have reported, which are messages
+POLL_S = 0.05  # between two looks of one of up to 100 ranks at how many have reported, which are messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,7 @@ class Closing:
 
     def __init__(self, policy: DropSlowest | None, enough: int, collectives: Collectives, device: torch.device) -> None:
         self._policy, self._enough = policy, enough
+        self._poll_s = POLL_S * max(1.0, collectives.processes / 100)
         self._collectives, self._device = collectives, device
         self._key = ""
         self._ends_at = self._polled_at = math.inf
@@ -69,7 +70,7 @@ class Closing:
         self._ends_at = math.inf if deadline_s is None else time.monotonic() + deadline_s
 
     def report(self, clients: int) -> None:
-        """Count clients that have trained."""
+        """Count clients that were heard."""
         if self._policy is not None and self._collectives.group.index == 0:
             self._reported = self._collectives.count(self._key, clients)
 
@@ -80,7 +81,7 @@ class Closing:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # what was only launched has not been trained
         now = time.monotonic()
-        if now - self._polled_at >= POLL_S:
+        if now - self._polled_at >= self._poll_s:
             self._reported, self._polled_at = self._collectives.count(self._key, 0), now
         over = torch.tensor(float(self._reported >= self._enough or now >= self._ends_at), device=self._device)
         return bool(self._collectives.group.sum(over) > 0)

@@ -232,8 +232,13 @@ class Collectives:
             return int(self._counts.add(what, more))
 
     def forget(self, what: str) -> None:
-        """Drop a shared number."""
-        self._counts.delete_key(what)
+        """Drop a shared number.
+
+        Raises:
+            LostRankError: as `count`.
+        """
+        with self._guard.named(by="rank"):
+            self._counts.delete_key(what)
 
     def gather(self, value: Any) -> list[Any]:
         """A small picklable value of every rank of every group, in rank order; for agreement, never for payloads."""

@@ -40,10 +40,15 @@ from .store import ClientStore
 from .task import LocalTask
 
 EVAL_BATCH = 256
+UNHEARD = 10  # rounds in a row without any report that end a run
 
 
 class NonFiniteUpdateError(FloatingPointError):
     """A client sent NaN or infinity."""
+
+
+class DeadlineError(RuntimeError):
+    """Rounds close before any client can report."""
 
 
 class Engine:
@@ -123,6 +128,7 @@ class Engine:
         self.stop_agreed = False  # by all ranks, with the last round
         self.dropped: list[str] = []
         self.late: list[int] = []
+        self._unheard = 0
         self._worked = 0  # local steps begun in this round by clients of this rank
         self.store = ClientStore(
             (*algorithm.keep, *encoder.residuals.values()),
@@ -263,6 +269,7 @@ class Engine:
 
         Raises:
             NonFiniteUpdateError: a client sent NaN or infinity and the settings say `error`; the server is as before.
+            DeadlineError: the last rounds all closed at their deadline before any client had reported.
         """
         with self.kernels.use():
             return self._run_round(self.choice or self.settle())
@@ -315,6 +322,13 @@ class Engine:
         if dropped and settings.on_nonfinite == "error":
             raise NonFiniteUpdateError("; ".join(self.dropped))
         self.stop_agreed = stop > 0
+        if settings.drop_slowest is not None:
+            self._unheard = 0 if clients or not late else self._unheard + 1
+            if self._unheard == UNHEARD:
+                raise DeadlineError(
+                    f"drop_slowest.deadline_s: {settings.drop_slowest.deadline_s:g} s, but in {UNHEARD} rounds nobody "
+                    "had reported by then; clients that train together report together, see clients_per_batch"
+                )
         metrics: dict[str, float | None] = {} if settings.drop_slowest is None else {"late": len(late)}
         self.collectives.at(self.round + 1, "server")
         # Under privacy an empty cohort is a round like any other: to skip it would tell that it was empty.
@@ -395,7 +409,8 @@ class Engine:
         down = self.down()
         late: list[int] = []
         self._worked = 0
-        on_thread = self._overlaps and len(mine) > together
+        # Who is late is decided client after client, by how many before were heard.
+        on_thread = self._overlaps and len(mine) > together and self.settings.drop_slowest is None
         with Behind[list[str]](self.objective.device, on=on_thread) as behind:
             for first in range(0, len(mine), together):
                 positions = mine[first : first + together]
@@ -405,6 +420,9 @@ class Engine:
                     late += positions
                 else:
                     behind(partial(self._intake.take, upload, self.round))
+                    del upload  # so that the next clients find its memory free
+                    if self.settings.drop_slowest is not None:
+                        self._closing.report(len(positions) - len(behind.results[-1]))
         self._intake.missed([cohort[p] for p in late])
         return [line for lines in behind.results for line in lines], late
 
@@ -446,7 +464,6 @@ class Engine:
             self._closing.check()
         finally:
             self._worked += task.steps_begun
-        self._closing.report(len(ids))
         if written := [name for name, value in down.items() if value._version != versions[name]]:
             raise RuntimeError(f"{type(self.algorithm).__name__}.client wrote to {', '.join(written)} in place")
         self._check_up(up, len(ids))

@@ -1,9 +1,9 @@
 """Where every rank is, told through the store of the job, so that one that dies or hangs is named by the others.
 
-A thread writes this rank's place when it changes and once a second, and reads the next rank's and the verdict: why the
-job cannot go on, which whoever knows it first writes down for all. None of it is a collective, and the thread that
-trains waits for none of it; a job of W ranks costs its store 2W small messages a second. Signs of life are counted by
-who reads them, so no two clocks are compared.
+A thread writes this rank's place soon after it changes and once a second, and reads the next rank's and the verdict:
+why the job cannot go on, which whoever knows it first writes down for all. None of it is a collective, and the thread
+that trains waits for none of it; a job of W ranks costs its store 2W small messages a second, and up to 50 W where
+rounds are short. Signs of life are counted by who reads them, so no two clocks are compared.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 BEAT_S = 1.0  # between two signs of life
+PAUSE_S = 0.02  # at least, between two messages: short rounds change their place more often
 SILENT_S = 30.0  # without one a rank, or the store, counts as lost
 CONFIRM_S = 4.0  # the same after a connection broke, when it is known that some rank is lost
 GRACE_S = 10.0  # a rank that has not ended so long after the verdict is ended
@@ -225,7 +226,7 @@ class Watch:
     def _live(self) -> None:
         looked = answered = time.monotonic()
         over_since, gone = None, False
-        while not self._closed.is_set():
+        while not self._closed.wait(PAUSE_S):
             self._changed.wait(BEAT_S / 4 if self._everyone else BEAT_S)
             self._changed.clear()
             now = time.monotonic()

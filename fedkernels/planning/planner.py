@@ -129,6 +129,8 @@ class Planner:
             local_steps=steps,
             evaluator=self.choice.evaluator,
             clients_per_batch=self.choice.clients_per_batch,
+            # A core that is spare here is some rank's where ranks fill their nodes.
+            overlap="never",
         )
         if config.privacy is not None:
             config = replace(config, privacy=replace(config.privacy, target_epsilon=None))
@@ -232,16 +234,19 @@ class Planner:
         """What one of so many ranks holds, by what it is.
 
         Returns:
-            `server`, its vectors; `training`, the most that all other tensors took while a batch of clients trained
-            here, activations included; `clients`, kept state once every client was seen.
+            `server`, its vectors; `training`, the most that all other tensors took while two batches of clients trained
+            here, activations included, and where uploads may be taken in meanwhile, one of them more; `clients`, kept
+            state once every client was seen.
         """
-        engine, _, _ = self._short(self.choice.clients_per_batch, 1)
+        together = self.choice.clients_per_batch
+        engine, _, _ = self._short(min(2 * together, self._config.clients), 1)
         with TensorPeak() as training:
             engine.run_round()
         item = engine.server.x.element_size()
+        upload = sum(wire.size(self.layout) for wire in engine.wires.values()) * together * item
         return {
             "server": sum(value.numel() * value.element_size() for value in engine.server.values()),
-            "training": training.peak_bytes,
+            "training": training.peak_bytes + (0 if self._config.overlap == "never" else upload),
             "clients": -(-engine.population // ranks) * len(engine.store.names) * self.layout.d * item,
         }
 

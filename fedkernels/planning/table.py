@@ -29,8 +29,8 @@ def plan(
         config: of the run, on one process.
         network: between ranks.
         ranks: the most.
-        clients_per_rank: let the cohort grow with the ranks; None keeps it, and stops where it has no client for a
-            rank.
+        clients_per_rank: let the cohort grow with the ranks; None keeps it, and for more ranks than it has clients
+            takes one each.
         measured: an earlier `out`, whose costs are taken instead of timing rounds here.
         out: a JSON file to write.
 
@@ -60,6 +60,8 @@ def plan(
         tried = [n for n in tried if n <= per_node or n % per_node == 0]
     fixed = [n for n in tried if n <= config.cohort]
     predictions = [planner.predict(n, costs, network) for n in fixed]
+    if clients_per_rank is None and ranks > config.cohort:
+        clients_per_rank = 1
     grown = [] if clients_per_rank is None else tried
     weak = [planner.predict(n, costs, network, clients_per_rank=clients_per_rank) for n in grown]
     memory = planner.memory_bytes(ranks)
@@ -80,8 +82,8 @@ def plan(
     ]
     if ranks > config.cohort:
         lines.append(
-            f"more than {config.cohort} ranks would leave some without a client: raise cohort, or ask for "
-            "--clients_per_rank to let it grow with them"
+            f"more than {config.cohort} ranks would leave some without a client; below the cohort grows with them, as "
+            "--clients_per_rank says"
         )
     if weak:
         lines += ["", f"{clients_per_rank} client(s) a rank:", *_table(weak)]

@@ -98,8 +98,11 @@ def test_a_core_is_spare_where_ranks_leave_one(
     monkeypatch: pytest.MonkeyPatch, cores: int, ranks: str, threads: int, spare: bool
 ) -> None:
     monkeypatch.setattr(behind_module.os, "sched_getaffinity", lambda pid: range(cores))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-    assert spare_core(threads) == spare
+    for launcher in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
+        for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(launcher, ranks)
+        assert spare_core(threads) == spare
 
 
 @pytest.mark.parametrize("overlap", ["always", "never"])

@@ -17,7 +17,8 @@ from fedkernels.config import ConfigError, load
 from fedkernels.contract import Algorithm
 from fedkernels.federated import closing
 from fedkernels.federated.closing import DropSlowest
-from fedkernels.federated.engine import Engine
+from fedkernels.federated.engine import UNHEARD, DeadlineError, Engine
+from fedkernels.federated.intake import Upload
 
 HALF_MORE = DropSlowest(over_sampling=0.5)
 
@@ -127,6 +128,43 @@ def test_a_round_that_nobody_reports_to_changes_nothing(monkeypatch: pytest.Monk
     assert (row["cohort"], row["late"], row["train_loss"], row["protocol_up_bytes"]) == (0, 4, None, 0)
     assert torch.equal(engine.server.x, x)
     assert engine.round == 1
+
+
+def test_rounds_that_nobody_ever_reports_to_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = DropSlowest(over_sampling=0, deadline_s=5.0)
+    engine = tiny_engine(FedAvg(), cohort=4, rounds=50, drop_slowest=policy)
+    for _ in range(UNHEARD - 1):
+        after(monkeypatch, 1)
+        engine.run_round()
+    monkeypatch.undo()
+    engine.run_round()  # somebody did
+    for _ in range(UNHEARD - 1):
+        after(monkeypatch, 1)
+        engine.run_round()
+    after(monkeypatch, 1)
+    with pytest.raises(DeadlineError, match=f"deadline_s: 5 s, but in {UNHEARD} rounds nobody had reported"):
+        engine.run_round()
+
+
+def test_who_sends_nan_has_not_reported() -> None:
+    """Of nine sampled clients for a cohort of six two send NaN, and the next two take their places."""
+    engine = tiny_engine(FedAvg(), cohort=6, drop_slowest=HALF_MORE, on_nonfinite="drop_client", clients_per_batch=1)
+    ids, _ = by_work(engine)
+    train = engine._train
+
+    def spoilt(positions: list[int], cohort: list[int], *rest: Any) -> Upload:
+        upload = train(positions, cohort, *rest)
+        if upload.ids[0] in ids[1:3]:
+            upload.up["delta"].fill_(torch.nan)
+        return upload
+
+    engine._train = spoilt  # type: ignore[method-assign]
+    row = engine.run_round()
+    assert (row["cohort"], row["dropped"], row["late"]) == (6, 2, 1)
+    assert engine.late == ids[8:]
+    heard = waiting_for([ids[0], *ids[3:8]], FedAvg())
+    heard.run_round()
+    torch.testing.assert_close(engine.server.x, heard.server.x, rtol=1e-12, atol=1e-14)
 
 
 def test_without_the_policy_nobody_is_late() -> None:

@@ -13,9 +13,12 @@ from support import on_ranks
 
 from fedkernels.cli import main
 from fedkernels.config import load
+from fedkernels.federated.collectives import Collectives
+from fedkernels.planning.memory import TensorPeak
 from fedkernels.planning.network import Network
 from fedkernels.planning.planner import DRAWN_ROUNDS, Costs, Planner
 from fedkernels.planning.table import plan, scales
+from fedkernels.train import build
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 COSTS = Costs(round_s=0.5, client_s=0.25, step_s=0.125)
@@ -131,6 +134,21 @@ def test_what_is_measured_predicts_what_is_measured() -> None:
     assert planner.memory_bytes(1)["server"] == 4 * planner.layout.d
 
 
+def test_memory_is_that_of_a_round_of_several_batches() -> None:
+    """And where uploads are taken in meanwhile, of one more: d numbers of float32."""
+    overrides = {**SMALL, "clients_per_batch": 1, "cohort": 4}
+    peaks = {}
+    for overlap in ("never", "auto"):
+        config = load(CONFIGS / "digits/fedavg.yaml", overrides | {"overlap": overlap})
+        planner = Planner(config, config.data.load())
+        peaks[overlap] = planner.memory_bytes(1)["training"]
+    engine, _, _ = build(replace(config, overlap="never", local_steps=1, evaluator="loop"), Collectives())
+    with TensorPeak() as memory:
+        engine.run_round()
+    assert memory.peak_bytes == pytest.approx(peaks["never"], rel=0.02)
+    assert peaks["auto"] - peaks["never"] == 4 * planner.layout.d
+
+
 def test_memory_of_kept_state_is_shared_out() -> None:
     config = load(CONFIGS / "digits/scaffold.yaml", SMALL)
     planner = Planner(config, config.data.load())
@@ -149,9 +167,13 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "published numbers" in said
     assert "more than 10 ranks would leave some without a client" in said
     assert "flat all-reduce by " in said
+    assert "2 client(s) a rank:" in said
     plan = json.loads(out.read_text())
     assert [row["ranks"] for row in plan["predictions"]] == [1, 2, 4, 8]
     assert plan["predictions_grown"][-1]["cohort"] == 2048
+    assert main(["plan", *config, "--ranks", "32", *arguments]) == 0
+    assert "1 client(s) a rank:" in capsys.readouterr().out
+    assert [row["cohort"] for row in json.loads(out.read_text())["predictions_grown"]] == [1, 2, 4, 8, 16, 32]
 
 
 @pytest.mark.parametrize(

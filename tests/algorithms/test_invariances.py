@@ -92,7 +92,7 @@ def link_bytes(case: Case, world_size: int, rounds: int) -> list[int]:
         now = {ids[p]: rank for rank, positions in enumerate(placed) for p in positions}
         moved = sum(owners.get(i, rank) != rank for i, rank in now.items()) if case.kept else 0
         owners |= now if case.kept else {}
-        bucket = 6 + 2 * world_size + 1 + int(case.up if case.whole is None else case.whole) + case.diagnostic
+        bucket = 7 + 2 * world_size + 1 + int(case.up if case.whole is None else case.whole) + case.diagnostic
         bucket += len(ids) if case.private else 0
         floats = moved * case.kept
         if case.whole is not None:

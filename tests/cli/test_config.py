@@ -170,7 +170,7 @@ FRACTION, PART, ALPHA = "float > 0 and < 1", "float > 0 and <= 1", "float > 0 an
         ("partition", "dirichlet", "min_samples", -1, "int >= 0"),
         ("partition", "paper", "alpha", -1, ALPHA),
         ("partition", "shards", "shards_per_client", 0, "int >= 1"),
-        ("codec", "int8", "chunk", 0, "int >= 1"),
+        ("codec", "int8", "chunk", 0, "int >= 1 and < 2147483648"),
         *(("codec", name, "fraction", value, PART) for name in ("topk", "lowrank") for value in (0, -0.1, 1.1)),
     ],
 )
